@@ -1,0 +1,251 @@
+"""The run file: one frozen tree of everything that a run depends on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from steadyhelm.config.algorithm import GROUPED, Algorithm, PolicyGradient, Sft, StableReinforce
+from steadyhelm.config.base import CodeRef, Count, Part, Seconds
+from steadyhelm.config.reward import Reward
+
+
+class Model(Part):
+    """The policy's starting point: exactly one of ``path`` and ``factory``."""
+
+    path: str = ""
+    """A Hugging Face model folder; relative paths start at the working directory. Empty where ``factory`` is set."""
+    factory: CodeRef | None = None
+    """``file.py:name`` of a function ``(folder: Path, seed: int) -> None`` that writes such a folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights that engines and reference hold; the learner keeps fp32 masters beside bfloat16 ones."""
+    trust_remote_code: bool = False
+    """Whether Python code inside the model folder may run."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.path) == (self.factory is not None):
+            raise ValueError("give exactly one of model.path and model.factory")
+        return self
+
+
+class Data(Part):
+    """Where preference pairs come from and how they become prompts."""
+
+    train: CodeRef
+    """``file.py:name`` of a function ``() -> Sequence[PreferencePair]``."""
+    eval: CodeRef | None = None
+    """The same for held-out pairs; None turns evaluation off."""
+    template: CodeRef | None = None
+    """``file.py:name`` of ``(question, response_1, response_2) -> str``, the user message; None uses the built-in
+    pairwise judge prompt."""
+    swap: Literal["random", "none"] = "random"
+    """``random``: the two responses change places with probability ½, by a counter seed. Evaluation always uses both
+    orders."""
+    shuffle: bool = True
+    """Whether each epoch has its own order."""
+    max_prompt_tokens: Count = 2048
+    """Longest prompt in tokens, image tokens included."""
+    overlong: Literal["stop", "drop"] = "stop"
+    """A prompt above the limit ends the run, or is dropped with a record in the ledger."""
+    min_pixels: Count = 3136
+    """Smallest image area after resizing, in pixels."""
+    max_pixels: Count = 501760
+    """Largest image area after resizing, in pixels."""
+
+
+class TransformersEngine(Part):
+    """Generation by Transformers inside the rollout actor."""
+
+    type: Literal["transformers"] = "transformers"
+    """Discriminator."""
+    batch: Count = 64
+    """Sequences generated together; also the number of trajectories in a shard."""
+
+
+Engine = TransformersEngine
+
+
+class Rollout(Part):
+    """The rollout service."""
+
+    engine: Engine = TransformersEngine()
+    """The inference engine."""
+    replicas: Count = 1
+    """Rollout actors, each with an engine of its own."""
+    samples_per_prompt: Count = 1
+    """Completions sampled for each prompt (the group size of GRPO and RLOO)."""
+    max_new_tokens: Count = 1024
+    """Longest completion in tokens; a longer one is truncated and marked so."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; trainer, proximal and reference log-probs use the same."""
+    deadline_s: Seconds = 600.0
+    """Longest time for one shard's generation before it goes to another engine."""
+
+
+class Reference(Part):
+    """The reference service, built only where ``algorithm.beta`` is above 0."""
+
+    replicas: Count = 1
+    """Reference actors."""
+    batch: Count = 16
+    """Sequences scored together."""
+
+
+class Learner(Part):
+    """The learner: DeepSpeed ranks under Ray Train."""
+
+    replicas: Count = 1
+    """Ranks."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO stage; changes memory, never numbers beyond float order."""
+    train_batch: Count = 128
+    """Sequences per optimiser step, over all ranks."""
+    micro_batch: Count = 2
+    """Sequences per forward and backward pass of one rank."""
+    lr: Annotated[float, Field(gt=0)] = 1.0e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up, over the run's optimiser steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where ``cosine`` and ``linear`` end, as a share of ``lr``."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    """AdamW's ε."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    offload_optimizer: bool = False
+    """Keep optimiser state in host memory (DeepSpeedCPUAdam)."""
+    freeze: tuple[str, ...] = ()
+    """Parameters whose name starts with one of these prefixes are not trained."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a lost rank may restart the group from the last checkpoint."""
+
+
+class Schedule(Part):
+    """How long the run is and what happens when."""
+
+    iterations: Count
+    """Iterations of the run."""
+    prompts_per_iteration: Count = 256
+    """Prompts rolled out in each iteration."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """How many policy versions rollouts may run ahead; 0 is strictly on-policy."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Iterations between evaluations; 0 evaluates only at the start and the end where ``data.eval`` is set."""
+    eval_pairs: Annotated[int, Field(ge=0)] = 0
+    """Held-out pairs of an evaluation during the run; 0 takes all."""
+    checkpoint_every: Count = 10
+    """Iterations between checkpoints: the most that a restart steps again."""
+
+
+class Store(Part):
+    """The object store."""
+
+    uri: str = "runs"
+    """A folder (or ``file://`` URI), or ``s3://bucket/prefix``. Relative folders start at the working directory."""
+
+
+class Runtime(Part):
+    """Processes, deadlines and the Ray cluster."""
+
+    address: str = ""
+    """Address of a Ray cluster to join; empty starts one of the run's own on this machine."""
+    start_deadline_s: Seconds = 300.0
+    """Longest time for a service to start."""
+    step_deadline_s: Seconds = 1800.0
+    """Longest time for one learner step, publish or checkpoint."""
+    wait_notice_s: Seconds = 10.0
+    """A wait that lasts longer says in the log what it waits for, and says so again after each such period."""
+    cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    """CPUs that each actor reserves in Ray; 0 lets a laptop share its cores."""
+    gpus_per_learner: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs per learner rank; 0 trains on the CPU."""
+    gpus_per_engine: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs per rollout or reference actor."""
+
+
+class RunFile(Part):
+    """A run: everything that decides its numbers, and where it runs."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+    """Name of the run: lower-case letters, digits and dashes, at most 40."""
+    version: Literal[1] = 1
+    """Format version of this file."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of every random choice."""
+    model: Model
+    """The policy's starting point."""
+    data: Data
+    """Preference pairs."""
+    algorithm: Algorithm = StableReinforce()
+    """The objective."""
+    rollout: Rollout = Rollout()
+    """Generation of completions."""
+    reference: Reference = Reference()
+    """Log-probs of the frozen starting policy."""
+    reward: Reward = Reward()
+    """Scores of completions."""
+    learner: Learner = Learner()
+    """Optimisation."""
+    schedule: Schedule
+    """Length and rhythm."""
+    store: Store = Store()
+    """Where batches, weights, checkpoints and metrics are kept."""
+    runtime: Runtime = Runtime()
+    """Processes and deadlines."""
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether this run imitates traces and samples nothing."""
+        return isinstance(self.algorithm, Sft)
+
+    @property
+    def objective(self) -> PolicyGradient:
+        """The policy-gradient objective. Raises TypeError in supervised fine-tuning."""
+        if isinstance(self.algorithm, Sft):
+            raise TypeError("supervised fine-tuning has no policy-gradient objective")
+        return self.algorithm
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the reference service is built."""
+        return not isinstance(self.algorithm, Sft) and self.algorithm.beta > 0
+
+    @property
+    def rollouts_per_iteration(self) -> int:
+        """Completions in each iteration's batch."""
+        return self.schedule.prompts_per_iteration * (1 if self.is_sft else self.rollout.samples_per_prompt)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimiser steps in each iteration."""
+        epochs = 1 if isinstance(self.algorithm, Sft) else self.algorithm.epochs
+        return -(-self.rollouts_per_iteration // self.learner.train_batch) * epochs
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.algorithm, GROUPED) and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"rollout.samples_per_prompt is {self.rollout.samples_per_prompt}, but algorithm.type "
+                f"{self.algorithm.type!r} compares samples of one prompt: set it to 2 or more"
+            )
+        if self.learner.train_batch > self.rollouts_per_iteration:
+            raise ValueError(
+                f"learner.train_batch is {self.learner.train_batch}, but an iteration has only "
+                f"{self.rollouts_per_iteration} rollouts: lower it, or raise schedule.prompts_per_iteration"
+            )
+        if self.schedule.max_staleness > 0 and not self.is_sft and self.objective.correction.mode == "off":
+            raise ValueError(
+                "schedule.max_staleness is above 0 but algorithm.correction.mode is 'off': set it to 'token' or "
+                "'sequence', so that the loss corrects for the older policy"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Wire types, preference records, image references, order swap, difficulty selection."""

@@ -1,0 +1,1 @@
+"""Rollout: prompts in, trajectory shards out."""
