@@ -12,9 +12,9 @@
         ├── DataError            a record, an image or a label of the data set is wrong
         ├── ModelError           a model folder cannot be used
         ├── StoreError           the object store cannot be used (full, read-only, unreachable)
-        │   ├── ObjectMissing    no object of that key
-        │   ├── ObjectExists     a conditional create met an existing object
-        │   └── CorruptObject    an object's bytes do not match their checksum or format
+        │   ├── ObjectMissingError    no object of that key
+        │   ├── ObjectExistsError     a conditional create met an existing object
+        │   └── CorruptObjectError    an object's bytes do not match their checksum or format
         ├── FencedError          another attempt has taken the run over
         ├── NonFiniteError       a loss or a gradient is NaN or infinite
         ├── UnscoredError        a sample could not be scored and the run file says ``stop``
@@ -75,15 +75,15 @@ class StoreError(FatalError):
     """The object store cannot be used."""
 
 
-class ObjectMissing(StoreError):
+class ObjectMissingError(StoreError):
     """There is no object of that key."""
 
 
-class ObjectExists(StoreError):
+class ObjectExistsError(StoreError):
     """A conditional create met an object that exists already."""
 
 
-class CorruptObject(StoreError):
+class CorruptObjectError(StoreError):
     """An object's bytes do not match their checksum or their format."""
 
 

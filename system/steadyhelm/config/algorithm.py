@@ -148,4 +148,3 @@ PolicyGradient = StableReinforce | ReinforcePP | Grpo | DrGrpo | Rloo
 Algorithm = Annotated[StableReinforce | ReinforcePP | Grpo | DrGrpo | Rloo | Sft, Field(discriminator="type")]
 GROUPED = (Grpo, DrGrpo, Rloo)
 """The objectives whose advantages need more than one sample per prompt."""
-

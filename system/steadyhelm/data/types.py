@@ -53,14 +53,14 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """A question about images with two responses, one of which is better.
+    r"""A question about images with two responses, one of which is better.
 
     ``images`` holds encoded bytes (PNG, JPEG, …) as a data set yields them. ``label`` is 1 or 2: the better slot.
     ``trace`` is a completion to imitate in supervised fine-tuning, None where there is none.
     ``meta`` goes with the sample into reports and evaluations unread.
 
     Example: ``PreferencePair(pair_id="train-7", question="Which digit is it?", responses=("It is 3.", "It is 5."),
-    label=1, images=(b"\\x89PNG...",))``
+    label=1, images=(b"\x89PNG...",))``
     """
 
     pair_id: str
@@ -81,7 +81,7 @@ class Prompt:
     only. ``seed`` is a 63-bit counter hash of (run seed, epoch, index, sample): see ``data.cursor``.
     ``swapped`` says whether the two responses are in the opposite order of the record's.
 
-    Example: ``Prompt(prompt_id=PromptId("0:17"), group_id="0:17", text="You are ...", images=(ImageKey("images/9f.."),),
+    Example: ``Prompt(prompt_id=PromptId("0:17"), group_id="0:17", text="Which ...", images=(ImageKey("images/9f"),),
     label=2, swapped=True, seed=8812731)``
     """
 

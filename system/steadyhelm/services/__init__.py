@@ -30,7 +30,6 @@ from steadyhelm.data.types import (
     WeightsRecord,
 )
 
-
 T = TypeVar("T")
 
 
@@ -76,7 +75,7 @@ class RolloutEngine(Protocol):
         ...
 
     async def apply_weights(self, weights: WeightsRecord) -> None:
-        """Serves ``weights`` from the next token on. Raises CorruptObject; the old version then goes on serving."""
+        """Serves ``weights`` from the next token on. Raises CorruptObjectError; the old version then goes on serving."""
         ...
 
     async def health(self) -> None:
@@ -112,7 +111,7 @@ class Rollout(Protocol):
         ...
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
-        """Returns once every serving engine has ``weights``. Raises CorruptObject, DeadlineError."""
+        """Returns once every serving engine has ``weights``. Raises CorruptObjectError, DeadlineError."""
         ...
 
 
@@ -136,11 +135,11 @@ class Learner(Protocol):
     """The policy under training."""
 
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
-        """Takes the state of ``checkpoint``, or of the starting point. Raises CorruptObject, DeadlineError."""
+        """Takes the state of ``checkpoint``, or of the starting point. Raises CorruptObjectError, DeadlineError."""
         ...
 
     async def step(self, manifest: BatchManifest) -> Served[None]:
-        """Trains on the batch, all its optimiser steps. Raises NonFiniteError, CorruptObject, LearnerLostError."""
+        """Trains on the batch, all its optimiser steps. Raises NonFiniteError, CorruptObjectError, LearnerLostError."""
         ...
 
     async def publish(self, version: PolicyVersion, key: str) -> Served[WeightsRecord]:
