@@ -15,6 +15,8 @@ from typing import Any, NewType
 import numpy as np
 from numpy.typing import NDArray
 
+from steadyhelm.telemetry.spans import Span as Span
+
 PromptId = NewType("PromptId", str)
 """``"<epoch>:<index>"``, or ``"<epoch>:<index>r<retry>"`` for a replacement, with ``s<sample>`` where a prompt has
 more than one sample. Example: ``"0:17"``, ``"0:17s3"``, ``"2:5r1"``."""
@@ -242,20 +244,3 @@ class CheckpointRecord:
 
     version: PolicyVersion
     objects: tuple[ObjectRef, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A stretch of time that a service spent on something, on the machine's monotonic clock.
-
-    ``computes`` is True only for forward passes of generation and for forward, backward and optimiser work; what is
-    not covered by such a span of any service is the system's overhead.
-
-    Example: ``Span(service="learner", name="backward", start_s=1021.25, end_s=1021.75, computes=True)``
-    """
-
-    service: str
-    name: str
-    start_s: float
-    end_s: float
-    computes: bool = False

@@ -1,0 +1,75 @@
+"""What loop and driver tell the person who watches: small events for the terminal display.
+
+A sink is any ``Callable[[Event], None]``; ``display.Display.update`` is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """A run begins or goes on.
+
+    Example: ``RunStarted(run="digits-transformers-0007", iterations=60, first_iteration=1, place="runs/digits-…")``
+    """
+
+    run: str
+    iterations: int
+    first_iteration: int = 1
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceState:
+    """What a service is doing or waiting for. ``since_s`` is ``time.monotonic()`` at the change.
+
+    Example: ``ServiceState(service="learner", state="waits for the batch of iteration 12", since_s=2211.5,
+    waiting=True)``
+    """
+
+    service: str
+    state: str
+    since_s: float
+    waiting: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationDone:
+    """An iteration is committed; ``metrics`` by the names of ``telemetry.metrics``. ``replayed``: stepped again.
+
+    Example: ``IterationDone(iteration=12, metrics={"reward/mean": 1.25})``
+    """
+
+    iteration: int
+    metrics: Mapping[str, float]
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalDone:
+    """The policy after ``iteration`` was evaluated; ``metrics`` are the ``eval/…`` ones.
+
+    Example: ``EvalDone(iteration=0, metrics={"eval/accuracy": 0.72, "eval/accuracy_low": 0.69})``
+    """
+
+    iteration: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A line for the person who watches: a restart, a replay, a checkpoint.
+
+    Example: ``Notice(text="engine rollout-1 was lost; its 64 requests go to rollout-0", level="warning")``
+    """
+
+    text: str
+    level: Literal["info", "warning", "error"] = "info"
+
+
+Event = RunStarted | ServiceState | IterationDone | EvalDone | Notice
+EventSink = Callable[[Event], None]
