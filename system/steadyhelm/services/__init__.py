@@ -75,7 +75,7 @@ class RolloutEngine(Protocol):
         ...
 
     async def apply_weights(self, weights: WeightsRecord) -> None:
-        """Serves ``weights`` from the next token on. Raises CorruptObjectError; the old version then goes on serving."""
+        """Serves ``weights`` from the next token on. Raises CorruptObjectError; then the old version goes on."""
         ...
 
     async def health(self) -> None:
@@ -142,8 +142,13 @@ class Learner(Protocol):
         """Trains on the batch, all its optimiser steps. Raises NonFiniteError, CorruptObjectError, LearnerLostError."""
         ...
 
-    async def publish(self, version: PolicyVersion, key: str) -> Served[WeightsRecord]:
-        """Puts the current weights under the prefix ``key``."""
+    async def publish(
+        self, version: PolicyVersion, key: str, known: WeightsRecord | None = None
+    ) -> Served[WeightsRecord]:
+        """Puts the current weights under the prefix ``key``.
+
+        Where ``known`` has the checksum of the current weights, nothing is put and ``known`` is the answer.
+        """
         ...
 
     async def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:

@@ -1,0 +1,224 @@
+"""Making the batch of an iteration: rollout, then reference and reward, shard by shard."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import BatchManifest, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord, Span
+from steadyhelm.errors import UnscoredError
+from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
+from steadyhelm.store.layout import RunLayout
+from steadyhelm.telemetry import metrics as names
+from steadyhelm.telemetry import phase_seconds
+
+RESAMPLE_ROUNDS = 3
+"""How often a prompt whose sample cannot be scored is sampled again before it counts as unscored: a judge that is
+down for good must not turn into an endless loop of rollouts."""
+
+SUMMED = (names.ROLLOUT_TOKENS, names.ROLLOUT_SAMPLES)
+"""Metrics of a shard that add up; those that end in ``_max`` take the largest, all others the mean over samples."""
+
+T = TypeVar("T")
+
+
+class BatchServices(Protocol):
+    """The services that a batch passes through."""
+
+    @property
+    def prompts(self) -> PromptSource:
+        """Where prompts come from."""
+
+    @property
+    def rollout(self) -> Rollout:
+        """Who samples completions."""
+
+    @property
+    def reward(self) -> Reward | None:
+        """Who scores them; None in supervised fine-tuning."""
+
+    @property
+    def reference(self) -> Reference | None:
+        """Who adds reference log-probs; None where β is 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The batch of an iteration, not yet committed."""
+
+    manifest: BatchManifest
+    metrics: Mapping[str, float]
+    spans: tuple[Span, ...]
+
+
+class BatchMaker:
+    """Makes batches ahead of the learner, ``schedule.max_staleness`` of them at most."""
+
+    def __init__(self, services: BatchServices, layout: RunLayout, attempt: int, run: RunFile) -> None:
+        self._services = services
+        self._layout = layout
+        self._attempt = attempt
+        self._run = run
+        self._making: dict[int, asyncio.Task[Batch]] = {}
+
+    async def take(self, iteration: int, *, unless: asyncio.Event) -> Batch | None:
+        """The batch of ``iteration``; None where ``unless`` is set before it is made. Raises the services' errors."""
+        last = min(iteration + self._run.schedule.max_staleness, self._run.schedule.iterations)
+        for ahead in range(iteration, last + 1):
+            if ahead not in self._making and not unless.is_set():
+                self._making[ahead] = asyncio.create_task(self._make(ahead), name=f"batch {ahead}")
+        if iteration not in self._making:
+            return None
+        stopped = asyncio.create_task(unless.wait())
+        try:
+            await asyncio.wait({self._making[iteration], stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        if not self._making[iteration].done():
+            return None
+        return await self._making.pop(iteration)
+
+    async def close(self) -> None:
+        """Abandons the batches in the making."""
+        tasks = list(self._making.values())
+        self._making.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _make(self, iteration: int) -> Batch:
+        prompts = await self._services.prompts.prompts(iteration)
+        issued: list[Prompt] = list(prompts.value)
+        outcomes: dict[PromptId, str] = {}
+        served: list[Served[ShardRecord]] = []
+        todo = issued
+        for round_ in range(RESAMPLE_ROUNDS + 1):
+            served += await self._shards(iteration, len(served), todo)
+            outcomes.update(self._outcomes([entry.value for entry in served], todo))
+            unscored = [p for p in todo if outcomes[p.prompt_id].startswith("unscored")]
+            if not unscored or self._run.reward.on_unscored != "resample" or round_ == RESAMPLE_ROUNDS:
+                break
+            again = await together([self._services.prompts.replacement(p.prompt_id) for p in unscored])
+            todo = [answer.value for answer in again]
+            for old, new in zip(unscored, todo, strict=True):
+                outcomes[old.prompt_id] = f"replaced:{new.prompt_id}"
+        shards = tuple(entry.value for entry in served)
+        policy = PolicyVersion(iteration=min((s.min_version for s in shards), default=0), attempt=self._attempt)
+        manifest = BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes)
+        self._refuse_unscored(manifest)
+        spans = (*prompts.spans, *(span for entry in served for span in entry.spans))
+        weights = [len(entry.value.prompt_ids) for entry in served]
+        metrics = merge([entry.metrics for entry in served], weights)
+        generating = phase_seconds(spans).get("seconds/rollout.generate", 0.0)
+        if generating:
+            metrics[names.ROLLOUT_TOKENS_PER_S] = metrics[names.ROLLOUT_TOKENS] / generating
+        return Batch(manifest=manifest, metrics={**metrics, **self._staleness(manifest)}, spans=spans)
+
+    async def _shards(self, iteration: int, first: int, prompts: Sequence[Prompt]) -> list[Served[ShardRecord]]:
+        size = self._run.rollout.engine.batch
+        sampling = Sampling(max_new_tokens=self._run.rollout.max_new_tokens, temperature=self._run.rollout.temperature)
+        orders = [
+            ShardOrder(
+                key=self._layout.shard(iteration, self._attempt, first + n, "rollout"),
+                shard=first + n,
+                prompts=tuple(prompts[start : start + size]),
+                sampling=sampling,
+                min_version=0 if self._run.is_sft else max(0, iteration - 1 - self._run.schedule.max_staleness),
+            )
+            for n, start in enumerate(range(0, len(prompts), size))
+        ]
+        return await together([self._shard(order) for order in orders])
+
+    async def _shard(self, order: ShardOrder) -> Served[ShardRecord]:
+        """Rolls one shard out and has it scored, reference and reward at the same time."""
+        rolled = await self._services.rollout.rollout(order)
+        record, spans, metrics = rolled.value, [*rolled.spans], dict(rolled.metrics)
+        calls: list[Coroutine[Any, Any, Served[Any]]] = []
+        if self._services.reward is not None:
+            calls.append(self._services.reward.score(record))
+        if self._services.reference is not None:
+            calls.append(self._services.reference.score(record))
+        answers = await together(calls)
+        for answer in answers:
+            spans += answer.spans
+            metrics.update(answer.metrics)
+        if self._services.reward is not None:
+            reward, valid = answers[0].value
+            record = replace(record, reward=reward, valid=valid)
+        else:
+            record = replace(record, valid=(True,) * len(record.prompt_ids))
+        if self._services.reference is not None:
+            record = replace(record, reference=answers[-1].value)
+        return Served(value=record, spans=tuple(spans), metrics=metrics)
+
+    def _outcomes(self, shards: Sequence[ShardRecord], prompts: Sequence[Prompt]) -> dict[PromptId, str]:
+        """What became of each prompt: trained, dropped because no shard holds it, or unscored."""
+        valid = {pid: ok for shard in shards for pid, ok in zip(shard.prompt_ids, shard.valid, strict=True)}
+        named = {True: "trained", False: f"unscored:{self._run.reward.on_unscored}", None: "dropped:overlong"}
+        return {prompt.prompt_id: named[valid.get(prompt.prompt_id)] for prompt in prompts}
+
+    def _refuse_unscored(self, manifest: BatchManifest) -> None:
+        """Raises UnscoredError where the run file says ``stop``, or where nothing at all could be scored."""
+        unscored = [pid for pid, outcome in manifest.outcomes.items() if outcome.startswith("unscored")]
+        if unscored and self._run.reward.on_unscored == "stop":
+            raise UnscoredError(
+                f"iteration {manifest.iteration}: {len(unscored)} samples could not be scored (first: {unscored[0]}) "
+                "and reward.on_unscored is 'stop'; their shards' details say why. Mend the reward term, or set "
+                "'neutral' or 'resample'."
+            )
+        if "trained" not in manifest.outcomes.values():
+            raise UnscoredError(
+                f"iteration {manifest.iteration}: none of {len(manifest.outcomes)} samples could be scored; "
+                "there is nothing to train on. The shards' details say why."
+            )
+
+    def _staleness(self, manifest: BatchManifest) -> dict[str, float]:
+        """How many policy versions the batch's tokens lag behind the one that it is trained from."""
+        newest = manifest.iteration - 1
+        if self._run.is_sft:
+            return {}
+        mean = sum(s.num_tokens * (newest - s.min_version) for s in manifest.shards)
+        tokens = sum(s.num_tokens for s in manifest.shards)
+        oldest = min(s.min_version for s in manifest.shards)
+        return {names.STALENESS_MEAN: mean / max(tokens, 1), names.STALENESS_MAX: float(newest - oldest)}
+
+
+async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The answers of all calls in order; the first failure cancels the others and is raised."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def merge(shards: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
+    """Metrics of a batch from those of its shards.
+
+    Args:
+        shards: metrics of each shard; NaN and absent values are left out.
+        weights: samples of each shard.
+
+    Returns:
+        Sums for ``SUMMED``, maxima for ``…_max``, and means weighted by samples for the rest.
+    """
+    merged: dict[str, float] = {}
+    for name in sorted({name for shard in shards for name in shard}):
+        known = [(s[name], w) for s, w in zip(shards, weights, strict=True) if not math.isnan(s.get(name, math.nan))]
+        total = sum(weight for _, weight in known)
+        if not total:
+            continue
+        if name in SUMMED:
+            merged[name] = sum(value for value, _ in known)
+        elif name.endswith("_max"):
+            merged[name] = max(value for value, _ in known)
+        else:
+            merged[name] = sum(value * weight for value, weight in known) / total
+    return merged

@@ -1,0 +1,186 @@
+"""The training loop over the services' Protocols.
+
+::
+
+      prompts(i) ──► rollout ──shards──► reference + reward ──► batch i committed
+                        ▲                                            │
+      weights i applied │                                            ▼
+                        └────── weights i committed ◄── publish ◄── learner.step(i)
+
+=============  ==============================================  ==========================================
+who            waits for                                       is unblocked by
+=============  ==============================================  ==========================================
+rollout(i)     a policy version ≥ i − 1 − ``max_staleness``    ``apply_weights`` of that version
+scorers(i)     one shard each                                  the rollout of that shard, not of the batch
+learner(i)     the committed batch i                           the last shard's scores
+rollout(i+1)   the loop, when ``max_staleness`` is 0           ``apply_weights`` of version i
+=============  ==============================================  ==========================================
+
+With ``max_staleness = k`` batches i … i + k are in the making while the learner steps batch i; k = 0 is the same code.
+What the commit log names exists and is never made again: a resumed run and a learner group that lost a rank both go
+through ``_replay``, which steps the committed batches once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+from steadyhelm import telemetry
+from steadyhelm.batches import Batch, BatchMaker
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import BatchManifest, PolicyVersion, Span
+from steadyhelm.errors import LearnerLostError
+from steadyhelm.services import Learner, PromptSource, Reference, Reward, Rollout
+from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.log import CommitLog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """The services of a run; ``reference`` is None where β is 0, ``reward`` is None in supervised fine-tuning."""
+
+    prompts: PromptSource
+    rollout: Rollout
+    learner: Learner
+    reward: Reward | None = None
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationReport:
+    """What an iteration did. ``replayed`` iterations were committed before and are stepped again after a restart."""
+
+    iteration: int
+    version: PolicyVersion
+    replayed: bool
+    metrics: Mapping[str, float]
+
+
+class Loop:
+    """Drives the services from the commit log's state to the run's last iteration.
+
+    Args:
+        services: the run's services.
+        log: the commit log, taken over by this attempt.
+        layout: names of the run's objects.
+        run: the run file.
+        tell: takes an event whenever something out of the ordinary happens.
+    """
+
+    def __init__(
+        self, services: Services, log: CommitLog, layout: RunLayout, run: RunFile, tell: telemetry.EventSink
+    ) -> None:
+        self._services = services
+        self._log = log
+        self._layout = layout
+        self._run = run
+        self._tell = tell
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ends the loop behind the step in progress, with a checkpoint; batches in the making are abandoned."""
+        self._stop.set()
+
+    async def iterations(self) -> AsyncIterator[IterationReport]:
+        """One report for each iteration, replayed ones included.
+
+        Raises the services' errors; a LearnerLostError is answered by a replay, ``learner.max_restarts`` times.
+        """
+        losses = 0
+        batches = BatchMaker(self._services, self._layout, self._log.attempt, self._run)
+        try:
+            while True:
+                try:
+                    async for report in self._replay():
+                        yield report
+                    async for report in self._advance(batches):
+                        yield report
+                    return
+                except LearnerLostError as error:
+                    losses += 1
+                    if losses > self._run.learner.max_restarts:
+                        raise
+                    again = f"{losses} of at most {self._run.learner.max_restarts} restarts"
+                    self._tell(
+                        telemetry.Notice(
+                            text=f"{error} It goes on from the last checkpoint ({again}).", level="warning"
+                        )
+                    )
+        finally:
+            await batches.close()
+
+    async def _replay(self) -> AsyncIterator[IterationReport]:
+        """Brings the learner to the log's last committed batch and the engines to that policy version."""
+        checkpoint = self._log.checkpoint()
+        await self._services.learner.restore(checkpoint)
+        version = checkpoint.version if checkpoint else PolicyVersion(iteration=0, attempt=self._log.attempt)
+        for manifest in self._log.batches(after=version.iteration):
+            started = time.monotonic()
+            learned = await self._services.learner.step(manifest)
+            version = PolicyVersion(iteration=manifest.iteration, attempt=self._log.attempt)
+            yield self._report(manifest, version, started, dict(learned.metrics), learned.spans, replayed=True)
+        await self._serve(version.iteration)
+
+    async def _advance(self, batches: BatchMaker) -> AsyncIterator[IterationReport]:
+        """Makes, commits, steps and serves one batch after the other."""
+        for iteration in range(self._log.last_iteration + 1, self._run.schedule.iterations + 1):
+            started = time.monotonic()
+            batch = await batches.take(iteration, unless=self._stop)
+            if batch is None:
+                await self._checkpoint(iteration - 1)
+                return
+            await asyncio.to_thread(self._log.commit_batch, batch.manifest)
+            learned = await self._services.learner.step(batch.manifest)
+            version, spans, metrics = await self._serve(iteration)
+            metrics = {**batch.metrics, **learned.metrics, **metrics}
+            yield self._report(batch.manifest, version, started, metrics, (*batch.spans, *learned.spans, *spans))
+
+    async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
+        """Publishes the learner's weights, puts them into every engine, and checkpoints where that is due."""
+        version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
+        spans: tuple[Span, ...] = ()
+        metrics: dict[str, float] = {}
+        if not self._run.is_sft:
+            known = self._log.weights(iteration)
+            published = await self._services.learner.publish(version, self._layout.weights(version), known)
+            if published.value != known:
+                await asyncio.to_thread(self._log.commit_weights, published.value)
+            applied = await self._services.rollout.apply_weights(published.value)
+            version = published.value.version
+            spans = (*published.spans, *applied.spans)
+            metrics = {**published.metrics, **applied.metrics}
+        if iteration and iteration % self._run.schedule.checkpoint_every == 0:
+            await self._checkpoint(iteration)
+        return version, spans, metrics
+
+    async def _checkpoint(self, iteration: int) -> None:
+        """Saves and commits the learner's state after ``iteration``, unless the log has it."""
+        last = self._log.checkpoint()
+        if iteration == 0 or (last is not None and last.version.iteration >= iteration):
+            return
+        version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
+        saved = await self._services.learner.save(version, self._layout.checkpoint(version))
+        await asyncio.to_thread(self._log.commit_checkpoint, saved.value)
+
+    def _report(
+        self,
+        manifest: BatchManifest,
+        version: PolicyVersion,
+        started: float,
+        metrics: dict[str, float],
+        spans: tuple[Span, ...],
+        *,
+        replayed: bool = False,
+    ) -> IterationReport:
+        """Adds what only the loop can know: wall time, seconds per phase, overhead."""
+        ended = time.monotonic()
+        metrics.update(telemetry.phase_seconds(spans))
+        metrics[telemetry.metrics.ITERATION_SECONDS] = ended - started
+        metrics[telemetry.metrics.OVERHEAD_SHARE] = telemetry.overhead(spans, started, ended)
+        return IterationReport(iteration=manifest.iteration, version=version, replayed=replayed, metrics=metrics)
+
+
+__all__ = ["Batch", "IterationReport", "Loop", "Services"]

@@ -1,0 +1,94 @@
+"""The Ray cluster of a run: one of its own on this machine, or one that somebody else runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from steadyhelm.config import RunFile
+from steadyhelm.errors import ResourceError
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Ray's shared memory. Only keys and small records pass through Ray, so its smallest useful size is plenty."""
+
+
+def environment(run: RunFile) -> dict[str, str]:
+    """Environment of every process of the run: offline, silent about itself, one thread per process on a CPU."""
+    gpus = run.runtime.gpus_per_learner or run.runtime.gpus_per_engine
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_ARENA_MAX": "2",
+    } | ({} if gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(run.runtime.threads)})
+
+
+@contextmanager
+def cluster(run: RunFile, address: str = "") -> Iterator[None]:
+    """A Ray session for the run; a cluster that it starts itself is gone when the context ends.
+
+    Args:
+        run: the run file; its name becomes the namespace's beginning.
+        address: of a cluster to join; empty starts one on this machine, whatever else runs here.
+
+    Raises:
+        ResourceError: no room in shared memory, or no cluster answers at ``address``.
+    """
+    variables = environment(run)
+    os.environ.update(variables)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    runtime_env = {"env_vars": variables}
+    if address:
+        try:
+            ray.init(address=address, namespace=run.name, runtime_env=runtime_env, log_to_driver=False)
+        except (ConnectionError, RuntimeError) as error:
+            raise ResourceError(
+                f"No Ray cluster answers at runtime.address {address!r} ({error}). Start it, or leave the address "
+                "empty to run on this machine."
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    _require_shared_memory()
+    folder = tempfile.mkdtemp(prefix="steadyhelm-ray-")
+    try:
+        ray.init(
+            address="local",
+            namespace=run.name,
+            include_dashboard=False,
+            num_cpus=os.cpu_count(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env=runtime_env,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_shared_memory(folder: Path = Path("/dev/shm")) -> None:  # noqa: S108 - the kernel's shared memory
+    """Raises ResourceError where Ray's object store does not fit: it would fall back to a disk, or die later."""
+    if not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    if free < OBJECT_STORE_BYTES:
+        raise ResourceError(
+            f"{folder} has {free >> 20} MiB free but Ray's object store takes {OBJECT_STORE_BYTES >> 20} MiB: "
+            "free some, or start the container with a larger --shm-size."
+        )

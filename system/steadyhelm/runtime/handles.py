@@ -1,0 +1,110 @@
+"""The services' Protocols over pools of actors: what the loop holds in its hands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import ObjectRef, Prompt, PromptId, ShardRecord, WeightsRecord
+from steadyhelm.runtime.actors import Factory, PromptsActor, RolloutActor, ScorerActor, spawn
+from steadyhelm.runtime.pool import Member, Pool
+from steadyhelm.services import Served, ShardOrder
+from steadyhelm.telemetry import EventSink
+
+
+def _pool(
+    run: RunFile, service: str, kind: Any, factory: Factory, size: int, deadline_s: float, gpus: float, tell: EventSink
+) -> Pool:
+    """A pool with the run file's deadlines."""
+
+    def make(number: int) -> Any:
+        return spawn(kind, factory, f"{service}-{number}", cpus=run.runtime.cpus_per_actor, gpus=gpus)
+
+    return Pool(
+        service=service,
+        spawn=make,
+        size=size,
+        start_deadline_s=run.runtime.start_deadline_s,
+        call_deadline_s=deadline_s,
+        notice_s=run.runtime.wait_notice_s,
+        tell=tell,
+    )
+
+
+class PromptsHandle:
+    """The PromptSource in its actor."""
+
+    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+        self.pool = _pool(run, "prompts", PromptsActor, factory, 1, run.runtime.step_deadline_s, 0.0, tell)
+
+    async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
+        """See ``services.PromptSource``."""
+        return await self.pool.call(lambda actor: actor.prompts.remote(iteration), f"prompts of iteration {iteration}")
+
+    async def replacement(self, prompt_id: PromptId) -> Served[Prompt]:
+        """See ``services.PromptSource``."""
+        return await self.pool.call(lambda actor: actor.replacement.remote(prompt_id), f"replacement of {prompt_id}")
+
+    async def held_out(self, limit: int) -> Served[tuple[Prompt, ...]]:
+        """See ``services.PromptSource``."""
+        return await self.pool.call(lambda actor: actor.held_out.remote(limit), "held-out prompts")
+
+
+class RolloutHandle:
+    """The rollout workers; every one that serves has the weights that were applied last."""
+
+    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+        replicas = 1 if run.is_sft else run.rollout.replicas
+        self.pool = _pool(
+            run, "rollout", RolloutActor, factory, replicas, run.rollout.deadline_s, run.runtime.gpus_per_engine, tell
+        )
+        self.pool.prepare = self._catch_up
+        self._weights: WeightsRecord | None = None
+        self._deadline_s = run.runtime.step_deadline_s
+
+    async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+        """See ``services.Rollout``."""
+        return await self.pool.call(lambda actor: actor.rollout.remote(order), f"rolls out {order.key}")
+
+    async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
+        """See ``services.Rollout``."""
+        self._weights = weights
+        answers = await self.pool.everywhere(self._apply)
+        metrics = {name: max(a.metrics[name] for a in answers) for name in (answers[0].metrics if answers else ())}
+        return Served(value=None, spans=tuple(s for answer in answers for s in answer.spans), metrics=metrics)
+
+    async def _apply(self, member: Member) -> Served[None]:
+        assert self._weights is not None
+        call = member.actor.apply_weights.remote(self._weights)
+        return await self.pool.ask(member, call, f"takes weights {self._weights.version}", self._deadline_s)
+
+    async def _catch_up(self, member: Member) -> None:
+        """Brings a new worker to the version that the others serve, also where that moves on meanwhile."""
+        seen: WeightsRecord | None = None
+        while self._weights is not seen:
+            seen = self._weights
+            await self._apply(member)
+
+
+class RewardHandle:
+    """The reward actors."""
+
+    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+        deadline_s = run.runtime.step_deadline_s
+        self.pool = _pool(run, "reward", ScorerActor, factory, run.reward.replicas, deadline_s, 0.0, tell)
+
+    async def score(self, shard: ShardRecord) -> Served[tuple[ObjectRef, tuple[bool, ...]]]:
+        """See ``services.Reward``."""
+        return await self.pool.call(lambda actor: actor.score.remote(shard), f"scores {shard.rollout.key}")
+
+
+class ReferenceHandle:
+    """The reference actors."""
+
+    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+        gpus, deadline_s = run.runtime.gpus_per_engine, run.runtime.step_deadline_s
+        self.pool = _pool(run, "reference", ScorerActor, factory, run.reference.replicas, deadline_s, gpus, tell)
+
+    async def score(self, shard: ShardRecord) -> Served[ObjectRef]:
+        """See ``services.Reference``."""
+        return await self.pool.call(lambda actor: actor.score.remote(shard), f"scores {shard.rollout.key}")

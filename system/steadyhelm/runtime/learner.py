@@ -1,0 +1,190 @@
+"""The learner group: DeepSpeed ranks under Ray Train behind the Learner protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
+from steadyhelm.errors import FatalError
+from steadyhelm.runtime.calls import answer
+from steadyhelm.runtime.mailbox import Command, Mailbox, Outcome
+from steadyhelm.services import Served
+from steadyhelm.telemetry import EventSink, ServiceState
+
+RankFactory = Callable[[int, int], Any]
+"""Builds the learner of (rank, world size) in the rank's process, inside an initialised process group."""
+
+
+class LearnerGroup:
+    """Ranks that run ``factory``'s learner in lock-step.
+
+    Ray Train restarts the whole group when a rank dies; the call under way then raises LearnerLostError and the next
+    one, which has to be ``restore``, waits for the new group.
+
+    Args:
+        factory: builds a rank's learner.
+        run: the run file.
+        scratch: folder for Ray Train's own files.
+        tell: takes events for the user.
+    """
+
+    def __init__(self, factory: RankFactory, run: RunFile, scratch: str, tell: EventSink) -> None:
+        self._factory = factory
+        self._run = run
+        self._scratch = scratch
+        self._tell = tell
+        self._mailbox: Any = None
+        self._over: asyncio.Future[BaseException | None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def launch(self) -> None:
+        """Starts the group; ``ready`` awaits it. Must be called inside the event loop that will await it."""
+        self._mailbox = ray.remote(num_cpus=0, max_concurrency=64)(Mailbox).remote()
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[BaseException | None] = loop.create_future()
+        self._over = over
+        trainer = self._trainer()
+
+        def fit() -> None:
+            error: BaseException | None = None
+            try:
+                trainer.fit()
+            except BaseException as caught:  # noqa: BLE001 - a thread's only way to tell; raised by the next call
+                error = caught
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(lambda: over.done() or over.set_result(error))
+
+        self._thread = threading.Thread(target=fit, name="learner-group", daemon=True)
+        self._thread.start()
+
+    async def ready(self) -> None:
+        """Returns once all ranks are there. Raises DeadlineError, FatalError."""
+        await self._await(self._mailbox.ready.remote(), "the learner group's start", self._run.runtime.start_deadline_s)
+
+    async def processes(self) -> dict[int, str]:
+        """``"host:pid"`` of each rank."""
+        what = "the learner group's start"
+        return dict(await self._await(self._mailbox.ready.remote(), what, self._run.runtime.start_deadline_s))
+
+    async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
+        """See ``services.Learner``."""
+        deadline_s = self._run.runtime.start_deadline_s + self._run.runtime.step_deadline_s
+        return await self._call("restore", (checkpoint,), "restores", deadline_s)
+
+    async def step(self, manifest: BatchManifest) -> Served[None]:
+        """See ``services.Learner``."""
+        return await self._call("step", (manifest,), f"steps iteration {manifest.iteration}")
+
+    async def publish(
+        self, version: PolicyVersion, key: str, known: WeightsRecord | None = None
+    ) -> Served[WeightsRecord]:
+        """See ``services.Learner``."""
+        return await self._call("publish", (version, key, known), f"publishes version {version}")
+
+    async def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:
+        """See ``services.Learner``."""
+        return await self._call("save", (version, key), f"saves checkpoint {version}")
+
+    async def export(self, key: str) -> Served[tuple[ObjectRef, ...]]:
+        """See ``services.Learner``."""
+        return await self._call("export", (key,), "exports the model")
+
+    async def close(self) -> None:
+        """Ends the ranks and waits for Ray Train to be done with them."""
+        if self._mailbox is None or self._over is None:
+            return
+        await self._mailbox.stop.remote()
+        await asyncio.wait({self._over}, timeout=20.0)
+        ray.kill(self._mailbox)
+
+    async def _call(self, name: str, arguments: tuple[Any, ...], doing: str, deadline_s: float = 0.0) -> Any:
+        self._tell(ServiceState(service="learner", state=doing, since_s=time.monotonic()))
+        try:
+            call = self._mailbox.call.remote(name, arguments)
+            return await self._await(call, f"the learner: it {doing}", deadline_s or self._run.runtime.step_deadline_s)
+        finally:
+            self._tell(
+                ServiceState(service="learner", state="waits for a batch", since_s=time.monotonic(), waiting=True)
+            )
+
+    async def _await(self, call: Any, of: str, deadline_s: float) -> Any:
+        """Awaits ``call``, or the end of the whole group, whichever comes first."""
+        assert self._over is not None
+        notice_s = self._run.runtime.wait_notice_s
+        task = asyncio.ensure_future(answer(call, of=of, deadline_s=deadline_s, notice_s=notice_s, tell=self._tell))
+        try:
+            await asyncio.wait({task, self._over}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+        error = self._over.result()
+        raise FatalError(f"The learner group ended while it was waited for ({of}): {error}") from error
+
+    def _trainer(self) -> TorchTrainer:
+        gpus = self._run.runtime.gpus_per_learner
+        resources = {"CPU": max(self._run.runtime.cpus_per_actor, 0.001)} | ({"GPU": gpus} if gpus else {})
+        return TorchTrainer(
+            _train,
+            train_loop_config={
+                "mailbox": self._mailbox,
+                "factory": self._factory,
+                "start_deadline_s": self._run.runtime.start_deadline_s,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=self._run.learner.replicas, use_gpu=gpus > 0, resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            run_config=RunConfig(
+                name=f"{self._run.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=self._scratch,
+                failure_config=FailureConfig(max_failures=self._run.learner.max_restarts),
+            ),
+        )
+
+
+def _train(config: dict[str, Any]) -> None:
+    """The training function of one rank: joins, builds its learner, and serves the mailbox's commands in order."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    mailbox, deadline_s = config["mailbox"], config["start_deadline_s"]
+    process = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+    incarnation = ray.get(mailbox.join.remote(rank, world, process), timeout=deadline_s)
+    learner, broken = _build(config["factory"], rank, world)
+    number = 0
+    while True:
+        command: Command | None = ray.get(mailbox.next.remote(incarnation, number), timeout=deadline_s)
+        if command is None:
+            continue
+        if command.name == "stop":
+            return
+        outcome = broken or _outcome(learner, command)
+        ray.get(mailbox.post.remote(incarnation, rank, number, outcome), timeout=deadline_s)
+        number += 1
+
+
+def _build(factory: RankFactory, rank: int, world: int) -> tuple[Any, Outcome | None]:
+    """The rank's learner, or the outcome that answers every command because there is none."""
+    try:
+        return factory(rank, world), None
+    except Exception as error:  # noqa: BLE001 - the driver decides what a failed start means
+        return None, Outcome.of(error)
+
+
+def _outcome(learner: Any, command: Command) -> Outcome:
+    """What the rank's call comes to."""
+    try:
+        return Outcome(value=getattr(learner, command.name)(*command.arguments))
+    except Exception as error:  # noqa: BLE001 - one service call fails: the driver decides what that means
+        return Outcome.of(error)
