@@ -1,0 +1,45 @@
+# Steadyhelm's commands. `make train` and `make test` set everything up by themselves.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+export OMP_NUM_THREADS ?= 1
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.PHONY: help setup train test check bench constraints clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+setup: $(VENV)/.ready ## uv, a virtual environment, every dependency
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@.ci/setup "$(VENV)" "$(PYTHON)"
+	@touch $@
+
+train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (RESUME=1 goes on with the last)
+	@$(BIN)/steadyhelm sft workloads/r1_reward/digits_sft.yaml
+	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new)
+
+test: setup ## every test that needs nothing beyond PyPI
+	$(BIN)/pytest -m "not gpu" tests
+
+check: setup ## format, lint, types, import contracts, repeated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## every benchmark, quickly
+	@set -e; for file in benchmarks/[a-z]*.py; do grep -q __main__ $$file || continue; echo "== $$file"; $(PY) $$file --quick; done
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu tests
+
+constraints: ## pin every dependency again
+	uv pip compile pyproject.toml --all-extras --python-version 3.11 --no-emit-index-url --no-annotate --no-header --upgrade -o constraints.txt
+
+clean: ## remove what the commands made here
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
