@@ -1,0 +1,217 @@
+"""A DeepSpeed engine that only does what the learner needs: gradients summed over micro-batches and ranks, one step.
+
+DeepSpeed's own batch arithmetic is switched off: losses arrive with their global denominators, gradients are summed
+over micro-batches and ranks, and nothing else is scaled but by the norm's bound.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from steadyhelm.config.run import Learner
+from steadyhelm.errors import ConfigError
+
+GATHER_NUMEL = 1 << 28
+"""Elements of ZeRO-3 parameters that are gathered at once for publishing."""
+
+
+def lr_at(step: int, total_steps: int, learner: Learner) -> float:
+    """Learning rate of the optimiser step ``step`` (from 0) of ``total_steps``.
+
+    Warm-up: lr·(step + 1)/warmup_steps. Then, with p the share of the remaining steps that are done, ``constant``: lr,
+    ``linear``: lr·(1 − (1 − m)·p), ``cosine``: lr·(m + (1 − m)·(1 + cos πp)/2), m = min_lr_ratio.
+    """
+    if step < learner.warmup_steps:
+        return learner.lr * (step + 1) / learner.warmup_steps
+    done = min(1.0, (step - learner.warmup_steps) / max(1, total_steps - learner.warmup_steps))
+    low = learner.min_lr_ratio
+    match learner.schedule:
+        case "linear":
+            return learner.lr * (1.0 - (1.0 - low) * done)
+        case "cosine":
+            return learner.lr * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * done)))
+        case _:
+            return learner.lr
+
+
+def deepspeed_config(learner: Learner, dtype: str, world_size: int, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``numel`` trained elements; ``train_batch`` there has no meaning here."""
+    # Of the stages below 3 only DeepSpeed's second sums bf16 gradients in fp32 into partitioned fp32 masters
+    stage = learner.zero_stage if dtype == "float32" else max(2, learner.zero_stage)
+    bucket = max(2, min(500_000_000, numel + numel % 2))  # buffers of this size are allocated
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
+    }
+    if learner.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": learner.max_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }
+
+
+class TrainEngine:
+    """One rank's DeepSpeed engine around ``module``, whose ``forward`` the learner defines.
+
+    ``torch.distributed`` must be initialised. All methods are called by all ranks together.
+    """
+
+    def __init__(self, module: torch.nn.Module, learner: Learner, dtype: str) -> None:
+        if dtype == "float16":
+            raise ConfigError(
+                "model.dtype is 'float16', but the learner trains in 'float32' or 'bfloat16': set model.dtype to "
+                "'bfloat16'"
+            )
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.module = module
+        self._frozen = _freeze(module, learner.freeze)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        config = deepspeed_config(learner, dtype, self.world_size, sum(p.numel() for p in trained))
+        self._deepspeed = _import_deepspeed()
+        self.engine, *_ = self._deepspeed.initialize(
+            model=module,
+            model_parameters=trained,
+            optimizer=_adam(trained, learner),
+            config=config,
+            dist_init_required=False,
+        )
+        self.stage: int = self.engine.zero_optimization_stage()
+        self.names = {p: name for name, p in module.named_parameters() if p.requires_grad}
+        self.engine.train()
+
+    def forward(self, *inputs: Any) -> Any:
+        """The module's answer, with gradients where they are enabled."""
+        return self.engine(*inputs)
+
+    def accumulate(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradient of ``loss``, a rank's summand of the global loss; ``last``: of this optimiser step.
+
+        DeepSpeed averages gradients over ranks; the factor makes a sum of it.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def apply(self, lr: float) -> float:
+        """Clips, steps, clears the gradients; returns the gradient's global norm before clipping.
+
+        A gradient that is not finite is cleared, nothing is applied, and the answer is not finite.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = self._norm_without_zero()
+            if math.isfinite(norm):
+                self.engine.step()
+            else:
+                self.engine.zero_grad()
+            return norm
+        self.engine.step()
+        if self.engine.optimizer.overflow:
+            return math.nan
+        return float(self.engine.get_global_grad_norm())
+
+    def _norm_without_zero(self) -> float:
+        gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by name, whole and in ``dtype``; rank 0 gets them all, the others none.
+
+        Tied parameters come once, under their first name. Under ZeRO-3 a tensor is valid until the next is asked for.
+        """
+        parameters = list(self.module.named_parameters())
+        for part in _parts(parameters) if self.stage == 3 else [parameters]:
+            tensors = [parameter for _, parameter in part]
+            gathered = self._deepspeed.zero.GatheredParameters(tensors, enabled=self.stage == 3)
+            with gathered, torch.no_grad():
+                for name, parameter in part:
+                    if self.rank == 0:
+                        yield name, parameter.detach().to(dtype)
+
+
+def _parts(
+    parameters: list[tuple[str, torch.nn.Parameter]],
+) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    part: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in parameters:
+        numel = int(getattr(parameter, "ds_numel", parameter.numel()))
+        if part and size + numel > GATHER_NUMEL:
+            yield part
+            part, size = [], 0
+        part.append((name, parameter))
+        size += numel
+    yield part
+
+
+def _adam(trained: list[torch.nn.Parameter], learner: Learner) -> torch.optim.Optimizer:
+    settings = {
+        "lr": learner.lr,
+        "betas": learner.betas,
+        "eps": learner.eps,
+        "weight_decay": learner.weight_decay,
+    }
+    if learner.offload_optimizer:
+        # Compiled at its first use, which needs a C++ compiler and most of a minute
+        offloaded = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+        optimizer: torch.optim.Optimizer = offloaded(trained, adamw_mode=True, **settings)
+        return optimizer
+    return torch.optim.AdamW(trained, fused=True, **settings)
+
+
+def _freeze(module: torch.nn.Module, prefixes: tuple[str, ...]) -> int:
+    """Switches gradients off below ``prefixes``; returns how many parameters are frozen."""
+    frozen = 0
+    for prefix in prefixes:
+        found = [p for name, p in module.named_parameters() if name.startswith(prefix)]
+        if not found:
+            first = next(name for name, _ in module.named_parameters())
+            raise ConfigError(
+                f"learner.freeze has {prefix!r}, but no parameter's name starts so (the first one is {first!r}): "
+                "correct the prefix"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+        frozen += len(found)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError(f"learner.freeze {list(prefixes)} leaves nothing to train: remove a prefix")
+    return frozen
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, silent, and without compiling a collective that only its inference engine uses.
+
+    On a CPU its set-up builds ``deepspeed_shm_comm`` with g++ for ``inference_all_reduce``; training never calls that.
+    ``__compatible_ops__`` is a module attribute made on first access, by probing compilers: an empty one says that
+    nothing is to be built.
+    """
+    deepspeed = importlib.import_module("deepspeed")
+    ops = importlib.import_module("deepspeed.ops")
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        vars(ops).setdefault("__compatible_ops__", {})
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 deprecates
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
