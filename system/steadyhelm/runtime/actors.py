@@ -95,7 +95,8 @@ def spawn(kind: type[_Host], factory: Factory, name: str, *, cpus: float, gpus: 
         kind: one of this module's classes.
         factory: builds the service there.
         name: for Ray's logs.
-        cpus, gpus: what it reserves.
+        cpus: CPUs that it reserves.
+        gpus: GPUs that it reserves.
     """
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=64, max_restarts=0)(kind)
     return remote.options(name=name).remote(factory)

@@ -60,7 +60,7 @@ class LearnerGroup:
             error: BaseException | None = None
             try:
                 trainer.fit()
-            except BaseException as caught:  # noqa: BLE001 - a thread's only way to tell; raised by the next call
+            except BaseException as caught:  # a thread's only way to tell; raised by the next call
                 error = caught
             if not loop.is_closed():
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(error))
@@ -178,7 +178,7 @@ def _build(factory: RankFactory, rank: int, world: int) -> tuple[Any, Outcome | 
     """The rank's learner, or the outcome that answers every command because there is none."""
     try:
         return factory(rank, world), None
-    except Exception as error:  # noqa: BLE001 - the driver decides what a failed start means
+    except Exception as error:  # the driver decides what a failed start means
         return None, Outcome.of(error)
 
 
@@ -186,5 +186,5 @@ def _outcome(learner: Any, command: Command) -> Outcome:
     """What the rank's call comes to."""
     try:
         return Outcome(value=getattr(learner, command.name)(*command.arguments))
-    except Exception as error:  # noqa: BLE001 - one service call fails: the driver decides what that means
+    except Exception as error:  # one service call fails: the driver decides what that means
         return Outcome.of(error)

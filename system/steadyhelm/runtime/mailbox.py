@@ -133,9 +133,9 @@ class Mailbox:
             await self._changed.wait_for(over)
             if self._now is not mine:
                 raise LearnerLostError(f"A learner rank was lost during {name}.")
-            outcomes = [mine.outcomes.pop(number)[rank] for rank in range(mine.world)]
-            for outcome in outcomes:
-                outcome.result()
+            outcomes = mine.outcomes.pop(number)
+            for rank in range(mine.world):
+                outcomes[rank].result()
             return outcomes[0].value
 
     async def stop(self) -> None:
