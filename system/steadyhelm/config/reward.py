@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steadyhelm.config.base import CodeRef, Count, Part, Seconds
 
@@ -68,6 +68,9 @@ class CustomTerm(Part):
     """Weight in the combination."""
 
 
+RESERVED_NAMES = ("mean", "std", "valid_rate", "format", "choice", "consistency")
+"""Names that a custom term cannot have: metrics of the reward and the built-in terms use them."""
+
 Term = Annotated[FormatTerm | ChoiceTerm | ConsistencyTerm | CustomTerm, Field(discriminator="type")]
 
 
@@ -87,3 +90,18 @@ class Reward(Part):
     """Scoring processes in each actor."""
     sample_deadline_s: Seconds = 10.0
     """Longest time for one sample; past it the sample is unscored and its worker process replaced."""
+
+    @model_validator(mode="after")
+    def _distinct_terms(self) -> Self:
+        names: list[str] = []
+        for index, term in enumerate(self.terms):
+            name = term.name if isinstance(term, CustomTerm) else term.type
+            if isinstance(term, CustomTerm) and name in RESERVED_NAMES:
+                raise ValueError(f"reward.terms.{index}.name is {name!r}, which Steadyhelm uses itself: choose another")
+            if name in names:
+                raise ValueError(
+                    f"reward.terms.{index} is a second {name!r} beside reward.terms.{names.index(name)}: remove one, "
+                    "or give a custom term another name"
+                )
+            names.append(name)
+        return self

@@ -26,7 +26,8 @@ class Model(Part):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if bool(self.path) == (self.factory is not None):
-            raise ValueError("give exactly one of model.path and model.factory")
+            given = "neither is given" if self.factory is None else "both are given"
+            raise ValueError(f"model.path or model.factory: {given}, give exactly one of the two")
         return self
 
 
@@ -53,6 +54,15 @@ class Data(Part):
     """Smallest image area after resizing, in pixels."""
     max_pixels: Count = 501760
     """Largest image area after resizing, in pixels."""
+
+    @model_validator(mode="after")
+    def _pixel_range(self) -> Self:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"data.min_pixels is {self.min_pixels}, but data.max_pixels is {self.max_pixels}: lower the former or "
+                "raise the latter"
+            )
+        return self
 
 
 class TransformersEngine(Part):
@@ -167,6 +177,10 @@ class Runtime(Part):
     """A wait that lasts longer says in the log what it waits for, and says so again after each such period."""
     cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """CPUs that each actor reserves in Ray; 0 lets a laptop share its cores."""
+    threads: Count = 1
+    """Threads of each process on a CPU. Two processes that share cores run slower with more."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port on this machine where Prometheus reads the latest metrics; 0 opens none."""
     gpus_per_learner: Annotated[float, Field(ge=0)] = 0.0
     """GPUs per learner rank; 0 trains on the CPU."""
     gpus_per_engine: Annotated[float, Field(ge=0)] = 0.0

@@ -1,10 +1,12 @@
 """Spans, metric names, events, logs and exporters: what everything above may use to say what it does.
 
-Imports only the OpenTelemetry API besides the standard library; Prometheus comes when it is asked for.
+Imports only the OpenTelemetry API besides the standard library; ``prometheus`` is a module of its own.
 """
 
 from steadyhelm.telemetry import metrics
 from steadyhelm.telemetry.events import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, ServiceState
+from steadyhelm.telemetry.logs import configure
+from steadyhelm.telemetry.metrics_log import MetricsLine, MetricsLog, join_segments
 from steadyhelm.telemetry.spans import Span, collect, covered_s, overhead, phase_seconds, span
 
 __all__ = [
@@ -12,12 +14,16 @@ __all__ = [
     "Event",
     "EventSink",
     "IterationDone",
+    "MetricsLine",
+    "MetricsLog",
     "Notice",
     "RunStarted",
     "ServiceState",
     "Span",
     "collect",
+    "configure",
     "covered_s",
+    "join_segments",
     "metrics",
     "overhead",
     "phase_seconds",

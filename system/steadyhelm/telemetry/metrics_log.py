@@ -1,0 +1,116 @@
+"""The metric log: one JSON object per iteration, put in segments that are never rewritten.
+
+A line is ``{"iteration": 12, "attempt": 1, "time": "2026-03-01T12:00:00.000Z", "metrics": {"reward/mean": 1.25}}``.
+Numbers keep all their bits; a value that is not finite becomes null, since JSON has no word for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsLine:
+    """One line of the log. ``replayed`` is True where the iteration was stepped again from its committed batch.
+
+    Example: ``MetricsLine(iteration=12, attempt=1, time="2026-03-01T12:00:00.000Z", metrics={"reward/mean": 1.25})``
+    """
+
+    iteration: int
+    attempt: int
+    time: str
+    metrics: Mapping[str, float]
+    replayed: bool = False
+
+    def to_json(self) -> str:
+        """The line, without its line feed."""
+        values = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        head: dict[str, Any] = {"iteration": self.iteration, "attempt": self.attempt, "time": self.time}
+        if self.replayed:
+            head["replayed"] = True
+        return json.dumps(head | {"metrics": values}, allow_nan=False)
+
+    @classmethod
+    def parse(cls, text: str) -> MetricsLine:
+        """The line that ``to_json`` wrote; null becomes NaN. Raises ValueError or KeyError for any other text."""
+        record = json.loads(text)
+        return cls(
+            iteration=int(record["iteration"]),
+            attempt=int(record["attempt"]),
+            time=str(record["time"]),
+            metrics={k: math.nan if v is None else float(v) for k, v in record["metrics"].items()},
+            replayed=bool(record.get("replayed", False)),
+        )
+
+
+class MetricsLog:
+    """Buffers metric lines and puts them as ``<prefix>/<attempt>-<n>.jsonl``.
+
+    Flush before each checkpoint commit: a resume steps everything behind the checkpoint again and writes it anew, so
+    no iteration is ever without a line.
+
+    Args:
+        put: stores bytes under a key, e.g. ``store.put``.
+        prefix: ``"<run>/metrics"``.
+        attempt: the writer's attempt; segments of different attempts never meet.
+    """
+
+    def __init__(self, put: Callable[[str, bytes], object], prefix: str, attempt: int) -> None:
+        self._put, self._prefix, self._attempt = put, prefix.rstrip("/"), attempt
+        self._lines: list[MetricsLine] = []
+        self._segment = 0
+
+    def append(self, iteration: int, metrics: Mapping[str, float], replayed: bool = False) -> MetricsLine:
+        """Adds the metrics of ``iteration`` (0: before the first) to the buffer. A later line of it wins over this."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = MetricsLine(
+            iteration=iteration, attempt=self._attempt, time=now, metrics=dict(metrics), replayed=replayed
+        )
+        self._lines.append(line)
+        return line
+
+    def flush(self) -> str | None:
+        """Puts the buffered lines as the next segment; its key, or None where there was nothing to put.
+
+        What ``put`` raises passes, and the lines stay in the buffer.
+        """
+        if not self._lines:
+            return None
+        key = f"{self._prefix}/{self._attempt}-{self._segment}.jsonl"
+        self._put(key, "".join(line.to_json() + "\n" for line in self._lines).encode())
+        self._segment += 1
+        self._lines.clear()
+        return key
+
+
+def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
+    """One line per iteration out of all segments, by iteration: of the last attempt, there the last line's values.
+
+    An evaluation is written as a line of its own for its iteration; lines of one attempt and iteration are merged,
+    later values over earlier ones. ``segments`` maps keys to bytes, in any order.
+    """
+    lines: list[tuple[int, int, MetricsLine]] = []
+    for key, data in segments.items():
+        segment = int(key.rsplit("/", 1)[-1].removesuffix(".jsonl").partition("-")[2])
+        lines += [
+            (segment, place, MetricsLine.parse(text)) for place, text in enumerate(bytes(data).decode().splitlines())
+        ]
+    lines.sort(key=lambda item: (item[2].iteration, item[2].attempt, item[0], item[1]))
+    joined: dict[int, MetricsLine] = {}
+    for _, _, line in lines:
+        before = joined.get(line.iteration)
+        if before is not None and before.attempt == line.attempt:
+            line = MetricsLine(
+                iteration=line.iteration,
+                attempt=line.attempt,
+                time=line.time,
+                metrics={**before.metrics, **line.metrics},
+                replayed=before.replayed or line.replayed,
+            )
+        joined[line.iteration] = line
+    return [joined[iteration] for iteration in sorted(joined)]
