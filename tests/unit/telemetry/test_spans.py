@@ -12,11 +12,6 @@ def stretch(start: float, end: float, computes: bool = True, service: str = "lea
 
 def test_overhead_is_what_no_computing_span_covers():
     spans = [stretch(1.0, 4.0), stretch(3.0, 5.0, service="rollout"), stretch(8.0, 9.0), stretch(0.0, 10.0, False)]
-        stretch(1.0, 4.0),
-        stretch(3.0, 5.0, service="rollout"),
-        stretch(8.0, 9.0),
-        stretch(0.0, 10.0, computes=False),
-    ]
     assert overhead(spans, 0.0, 10.0) == 0.5
 
 
