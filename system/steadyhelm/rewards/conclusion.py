@@ -1,0 +1,98 @@
+"""Reading which response a thought concludes for, by rules.
+
+The last line with a verdict decides. A verdict is a statement that one response is better (or worse, which speaks for
+the other one); only where the whole text has none of those do "right" and "wrong" count. Inside the deciding line a
+sentence that opens with a concluding word ("So", "Overall", …) goes before the others; if what remains speaks for both
+responses, the thought has no conclusion. All patterns have bounded repetitions, so the time is linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SUBJECT = (
+    r"\b(?:(?:response|answer|option|candidate|assistant)\s{1,3}(?:no\.\s?|number\s|#)?(?P<who>1|2|one|two)\b"
+    r"|(?:the\s)?(?P<whow>first|second)\s(?:response|answer|option|candidate|assistant|one)\b)"
+)
+_ADVERB = (
+    r"(?:\s(?:\w{2,20}ly|far|much|even|still|overall|therefore|thus|also|indeed|by|a|bit|the|more|most|far|one|"
+    r"response|answer)){0,4}"
+)
+_COPULA = r"\s(?:is|was|seems|appears|looks|remains|proves|(?:seems|appears)\sto\sbe|would\sbe|must\sbe|has\sto\sbe)"
+_NOT = r"(?P<not>(?:\sis|\swas|\sdoes|\swould)?(?:\snot|n't|n’t)(?:\sbe|\sseem|\slook)?|\sis\sno|\sis\snever)"
+_UP = r"better|best|superior|preferable|preferred|stronger|winner"
+_DOWN = r"worse|worst|inferior|weaker|loser"
+_RIGHT = r"right|correct|accurate|true"
+_WRONG = r"wrong|incorrect|inaccurate|mistaken|false"
+
+
+def _stated(up: str, down: str) -> re.Pattern[str]:
+    """``Response 1 is clearly better``, ``the second one is not wrong``."""
+    return re.compile(
+        rf"{_SUBJECT}(?:{_NOT}|{_COPULA})(?P<not2>\snot)?{_ADVERB}\s(?:(?P<up>{up})|(?P<down>{down}))\b",
+        re.IGNORECASE,
+    )
+
+
+_COMPARED = re.compile(
+    rf"{_SUBJECT}{_ADVERB}\s(?:(?P<up>wins|beats|outperforms|surpasses)|(?P<down>loses|trails))\b",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(
+    rf"\b(?:(?P<not>not|n't|never)\s)?(?:(?P<up>(?:{_UP})(?:\s(?:response|answer|option|candidate|choice|one))?(?:\sis:?|\s?[:=])"
+    r"|(?:prefer|choose|pick|select|favou?r|go\swith|going\swith|in\sfavou?r\sof|preference\sfor))"
+    rf"|(?P<down>(?:{_DOWN})(?:\s(?:response|answer|option|candidate|choice|one))?(?:\sis:?|\s?[:=])|reject))"
+    rf"(?:\sthe)?\s{_SUBJECT}",
+    re.IGNORECASE,
+)
+_STRONG = (_stated(_UP, _DOWN), _COMPARED, _NAMED)
+_WEAK = (_stated(_RIGHT, _WRONG),)
+_UNASSERTED = re.compile(
+    r"\b(?:if|whether|unless|neither|nor|or|either|both|which|than|(?:not|n't|cannot)\s(?:\w{1,12}\s){1,3}(?:that\s)?)\s?$",
+    re.IGNORECASE,
+)
+_CONCLUDING = re.compile(
+    r"\s*(?:so|thus|hence|therefore|overall|finally|consequently|in\s(?:conclusion|summary|short|the\send)|"
+    r"to\s(?:conclude|sum\sup)|(?:my|the)?\s?(?:final\s)?(?:conclusion|verdict|decision|judge?ment))\b",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
+_SLOTS = {"1": 1, "one": 1, "first": 1, "2": 2, "two": 2, "second": 2}
+_BEFORE = 48  # characters before a verdict in which a word that takes its assertion away is looked for
+
+
+def conclusion(text: str) -> int | None:
+    """1 or 2: the response that the thought ``text`` concludes for; None where it has no, or no clear, conclusion."""
+    lines = [re.sub(r"[ \t*_`\"]+", " ", line) for line in re.split(r"\n", text)]
+    for patterns in (_STRONG, _WEAK):
+        for line in reversed(lines):
+            if verdicts := _line_verdicts(line, patterns):
+                return verdicts.pop() if len(verdicts) == 1 else None
+    return None
+
+
+def _line_verdicts(line: str, patterns: tuple[re.Pattern[str], ...]) -> set[int]:
+    """The responses that a line speaks for; where sentences open with a concluding word, the last such one's only."""
+    found: set[int] = set()
+    concluded: set[int] = set()
+    for sentence in _SENTENCE_END.split(line):
+        verdicts = _sentence_verdicts(sentence, patterns)
+        found |= verdicts
+        if verdicts and _CONCLUDING.match(sentence):
+            concluded = verdicts
+    return concluded or found
+
+
+def _sentence_verdicts(sentence: str, patterns: tuple[re.Pattern[str], ...]) -> set[int]:
+    if sentence.rstrip().endswith("?"):
+        return set()
+    verdicts = set()
+    for pattern in patterns:
+        for match in pattern.finditer(sentence):
+            if _UNASSERTED.search(sentence, max(0, match.start() - _BEFORE), match.start()):
+                continue
+            named = match.groupdict()
+            slot = _SLOTS[(named["who"] or named["whow"]).lower()]
+            negated = bool(named.get("not")) != bool(named.get("not2"))
+            verdicts.add(slot if bool(named["up"]) != negated else 3 - slot)
+    return verdicts
