@@ -1,1 +1,90 @@
-"""TODO."""
+"""The batch plane: immutable objects by key, and what is made of them.
+
+``ObjectStore`` is the seam; ``local`` is the store in a folder. On it stand the shard ``codec``, the names of a run's
+objects (``layout``), the commit ``log`` with its ``records`` and ``ledger``, ``folders`` and ``images``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from steadyhelm.data.types import ObjectRef
+from steadyhelm.errors import ConfigError
+from steadyhelm.store.checksum import Data
+from steadyhelm.store.local import LocalStore
+
+
+class ObjectStore(Protocol):
+    """Objects by key. ``store.keys`` says what a key is; no key is a folder of another (``a`` and ``a/b``).
+
+    An object becomes visible as a whole or not at all, and whoever starts to read after ``put`` has returned sees it.
+    Objects are immutable by convention: a plain ``put`` over an object puts the same bytes again, or bytes that
+    nothing committed refers to. All methods are safe to call from several threads and raise StoreError where the
+    store is full, read-only, unreachable or given a bad key.
+    """
+
+    @property
+    def uri(self) -> str:
+        """What ``open_store`` opens this store by, in any process and any working directory."""
+        ...
+
+    def put(self, key: str, data: Data, *, if_absent: bool = False) -> ObjectRef:
+        """Writes an object; with ``if_absent`` only where there is none: of several such puts exactly one succeeds.
+
+        A put with ``if_absent`` survives a power loss when it returns, a plain one when ``flush`` has named it.
+        Raises ObjectExistsError.
+        """
+        ...
+
+    def flush(self, keys: Iterable[str]) -> None:
+        """Returns once those objects survive a power loss. Raises ObjectMissingError."""
+        ...
+
+    def get(self, key: str) -> memoryview:
+        """The object's bytes, read-only, unverified; they stay valid when it is deleted. Raises ObjectMissingError."""
+        ...
+
+    def read(self, ref: ObjectRef) -> memoryview:
+        """The object's bytes, verified against ``ref``. Raises ObjectMissingError, CorruptObjectError."""
+        ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly the bytes ``[start, start + length)``. Raises StoreError where the object ends before."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """The keys that begin with the string ``prefix``, in the order of their UTF-8 bytes."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of that key."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Removes the object; without effect where there is none."""
+        ...
+
+
+def open_store(uri: str) -> ObjectStore:
+    """The store of ``store.uri``: a folder, relative to the working directory or not, or a ``file://`` URI.
+
+    Nothing is created before the first put. Raises ConfigError for any other kind of URI.
+    """
+    if "://" not in uri:
+        if not uri:
+            raise ConfigError("store.uri is empty: give a folder, like 'runs'")
+        return LocalStore(Path(uri))
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        raise ConfigError(f"store.uri {uri!r}: S3 stores come later; give a folder, like 'runs'")
+    if parts.scheme != "file":
+        raise ConfigError(f"store.uri {uri!r} has the unknown scheme {parts.scheme!r}: give a folder or 'file:///…'")
+    if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
+        raise ConfigError(f"store.uri {uri!r} names a host: write 'file:///' and an absolute path")
+    return LocalStore(Path(unquote(parts.path)))
+
+
+__all__ = ["Data", "LocalStore", "ObjectStore", "open_store"]

@@ -1,0 +1,158 @@
+"""The names of a run's objects, and what a name says.
+
+::
+
+    images/<sha256>                                             each image once, shared by runs
+    <run>/run.json                                              the validated run file
+    <run>/log/<seq:08d>                                         the commit log
+    <run>/batches/<iteration:06d>/<attempt>-<shard:04d>.<kind>  rollout, reference and reward shards
+    <run>/weights/<iteration:06d>.<attempt>/…                   a published policy version
+    <run>/checkpoints/<iteration:06d>.<attempt>/…               a saved learner state
+    <run>/metrics/<attempt>-<n>.jsonl                           metrics in segments
+    <run>/eval/<iteration:06d>/<attempt>-<shard:04d>.rollout    completions of an evaluation
+    <run>/report/…, <run>/model/…                               the report; the final model folder
+
+A number that outgrows its width is written whole; ``parse`` reads it all the same, but names then no longer sort.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from steadyhelm.data.types import ImageKey, PolicyVersion
+from steadyhelm.errors import ConfigError, StoreError
+
+ShardKind = Literal["rollout", "reference", "reward"]
+"""What a shard holds: trajectories, log-probs of the frozen model, or scores."""
+
+IMAGES = "images"
+"""The folder of images, beside the runs."""
+
+_SHARD = re.compile(r"(batches|eval)/(\d{6,})/(\d+)-(\d{4,})\.(rollout|reference|reward)")
+_LOG = re.compile(r"log/(\d{8,})")
+_VERSION = re.compile(r"(?:weights|checkpoints)/(\d{6,})\.(\d+)(?:/.*)?")
+_METRICS = re.compile(r"metrics/(\d+)-(\d+)\.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardName:
+    """What the key of a shard says. ``evaluation`` is True under ``eval/``.
+
+    Example: ``ShardName(iteration=12, attempt=1, shard=0, kind="rollout")``
+    """
+
+    iteration: int
+    attempt: int
+    shard: int
+    kind: ShardKind
+    evaluation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """Keys of the objects of ``run``. Raises ConfigError for a run name that is no single part of a key.
+
+    Example: ``RunLayout("digits").shard(12, 1, 0, "rollout") == "digits/batches/000012/1-0000.rollout"``
+    """
+
+    run: str
+
+    def __post_init__(self) -> None:
+        if self.run == IMAGES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run):
+            raise ConfigError(
+                f"a run cannot be called {self.run!r}: use letters, digits, '.', '_' and '-', at most 100, and not "
+                f"{IMAGES!r}"
+            )
+
+    @property
+    def run_file(self) -> str:
+        """Key of the validated run file."""
+        return f"{self.run}/run.json"
+
+    @property
+    def log_prefix(self) -> str:
+        """Prefix of the commit log's entries."""
+        return f"{self.run}/log/"
+
+    @property
+    def report(self) -> str:
+        """Prefix of the run report, without a slash behind."""
+        return f"{self.run}/report"
+
+    @property
+    def model(self) -> str:
+        """Prefix of the final model folder, without a slash behind."""
+        return f"{self.run}/model"
+
+    @property
+    def metrics_prefix(self) -> str:
+        """Prefix of the metrics segments."""
+        return f"{self.run}/metrics/"
+
+    def log_entry(self, seq: int) -> str:
+        """Key of the ``seq``-th entry of the commit log, from 1."""
+        return f"{self.log_prefix}{seq:08d}"
+
+    def shard(self, iteration: int, attempt: int, shard: int, kind: ShardKind) -> str:
+        """Key of a shard of an iteration's batch."""
+        return f"{self.run}/batches/{iteration:06d}/{attempt}-{shard:04d}.{kind}"
+
+    def eval_shard(self, iteration: int, attempt: int, shard: int) -> str:
+        """Key of a rollout shard of the evaluation after ``iteration``."""
+        return f"{self.run}/eval/{iteration:06d}/{attempt}-{shard:04d}.rollout"
+
+    def weights(self, version: PolicyVersion) -> str:
+        """Prefix of a published policy version, without a slash behind."""
+        return f"{self.run}/weights/{version.iteration:06d}.{version.attempt}"
+
+    def checkpoint(self, version: PolicyVersion) -> str:
+        """Prefix of a saved learner state, without a slash behind."""
+        return f"{self.run}/checkpoints/{version.iteration:06d}.{version.attempt}"
+
+    def metrics(self, attempt: int, segment: int) -> str:
+        """Key of a segment of the attempt's metrics."""
+        return f"{self.metrics_prefix}{attempt}-{segment}.jsonl"
+
+    def parse_shard(self, key: str) -> ShardName:
+        """What the key of a shard says. Raises StoreError for another key."""
+        folder, iteration, attempt, shard, kind = self._match(_SHARD, key, "a shard")
+        return ShardName(
+            iteration=int(iteration),
+            attempt=int(attempt),
+            shard=int(shard),
+            kind=cast(ShardKind, kind),
+            evaluation=folder == "eval",
+        )
+
+    def parse_log_entry(self, key: str) -> int:
+        """The number of the log entry of that key. Raises StoreError for another key."""
+        return int(self._match(_LOG, key, "a log entry")[0])
+
+    def parse_version(self, key: str) -> PolicyVersion:
+        """The policy version that an object of weights or of a checkpoint belongs to. Raises StoreError."""
+        iteration, attempt = self._match(_VERSION, key, "weights or a checkpoint")
+        return PolicyVersion(iteration=int(iteration), attempt=int(attempt))
+
+    def parse_metrics(self, key: str) -> tuple[int, int]:
+        """Attempt and number of a metrics segment. Raises StoreError for another key."""
+        attempt, segment = self._match(_METRICS, key, "a metrics segment")
+        return int(attempt), int(segment)
+
+    def _match(self, pattern: re.Pattern[str], key: str, what: str) -> tuple[str, ...]:
+        run, _, rest = key.partition("/")
+        match = pattern.fullmatch(rest)
+        if run != self.run or match is None:
+            raise StoreError(
+                f"{key!r} is not the key of {what} of run {self.run!r}: nothing of Steadyhelm put it there"
+            )
+        return cast(tuple[str, ...], match.groups())
+
+
+def image_key(sha256: str) -> ImageKey:
+    """The key of the image whose encoded bytes have that SHA-256 in lower-case hex."""
+    return ImageKey(f"{IMAGES}/{sha256}")
+
+
+SHARD_KINDS: tuple[ShardKind, ...] = get_args(ShardKind)
