@@ -69,7 +69,7 @@ class LossParts:
     - ``pre_clip_hits``, ``clip_hits``, ``nonfinite``: tokens outside the Pre-CLIP bounds, in PPO's clamped branch,
       with a non-finite log-ratio;
     - ``ratio``: Σ r; ``approx_kl``: Σ k3 of (proximal, current);
-    - ``kl``: Σ of the divergence from the reference policy (0 without one);
+    - ``kl``: Σ k1 of (proximal, reference); 0 without a reference;
     - ``weight``, ``weight_capped``: Σ of the importance weights, and the tokens whose weight is the cap;
     - ``gap``: Σ |proximal − behaviour|, the gap between trainer and engine.
 
@@ -266,12 +266,9 @@ def policy_loss(
         proximal, behaviour, active, mode=objective.correction.mode, cap=objective.correction.cap
     )
     per_token = weights * per_token
-    in_loss = objective.beta > 0.0 and objective.kl.placement == "loss"
-    kl = torch.zeros_like(current)
-    if reference is not None or in_loss:
-        cleared = None if reference is None else torch.where(active, reference, 0.0)
-        kl = _divergence(objective, current, cleared)
-        per_token = per_token + objective.beta * kl if in_loss else per_token
+    cleared = None if reference is None else torch.where(active, reference, 0.0)
+    if objective.beta > 0.0 and objective.kl.placement == "loss":
+        per_token = per_token + objective.beta * _divergence(objective, current, cleared)
     numerator = losses.aggregate(per_token, mask, valid, objective.aggregation)
     hits = {
         "pre_clip_hits": outside,
@@ -279,7 +276,7 @@ def policy_loss(
         "nonfinite": ~log_ratio.isfinite(),
         "ratio": ratio,
         "approx_kl": divergence.k3(proximal, current),
-        "kl": kl,
+        "kl": torch.zeros_like(proximal) if cleared is None else divergence.k1(proximal, cleared),
         "weight": weights,
         "weight_capped": capped,
         "gap": (proximal - behaviour).abs(),
