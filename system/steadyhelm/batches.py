@@ -12,6 +12,7 @@ from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord, Span
 from steadyhelm.errors import UnscoredError
 from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
+from steadyhelm.services.concurrency import together
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.telemetry import phase_seconds
@@ -51,7 +52,6 @@ class Batch:
     """The batch of an iteration, not yet committed."""
 
     manifest: BatchManifest
-    metrics: Mapping[str, float]
     spans: tuple[Span, ...]
 
 
@@ -106,17 +106,29 @@ class BatchMaker:
             todo = [answer.value for answer in again]
             for old, new in zip(unscored, todo, strict=True):
                 outcomes[old.prompt_id] = f"replaced:{new.prompt_id}"
-        shards = tuple(entry.value for entry in served)
-        policy = PolicyVersion(iteration=min((s.min_version for s in shards), default=0), attempt=self._attempt)
-        manifest = BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes)
-        self._refuse_unscored(manifest)
         spans = (*prompts.spans, *(span for entry in served for span in entry.spans))
-        weights = [len(entry.value.prompt_ids) for entry in served]
-        metrics = merge([entry.metrics for entry in served], weights)
-        generating = phase_seconds(spans).get("seconds/rollout.generate", 0.0)
+        manifest = self._manifest(iteration, served, outcomes, spans)
+        self._refuse_unscored(manifest)
+        return Batch(manifest=manifest, spans=spans)
+
+    def _manifest(
+        self,
+        iteration: int,
+        served: Sequence[Served[ShardRecord]],
+        outcomes: Mapping[PromptId, str],
+        spans: Sequence[Span],
+    ) -> BatchManifest:
+        """The manifest of scored shards, with the metrics of their making."""
+        shards = tuple(entry.value for entry in served)
+        metrics = merge([entry.metrics for entry in served], [len(shard.prompt_ids) for shard in shards])
+        metrics |= self._staleness(iteration, shards)
+        generating = phase_seconds(spans).get(names.seconds("rollout.generate"), 0.0)
         if generating:
             metrics[names.ROLLOUT_TOKENS_PER_S] = metrics[names.ROLLOUT_TOKENS] / generating
-        return Batch(manifest=manifest, metrics={**metrics, **self._staleness(manifest)}, spans=spans)
+        for name, outcome in ((names.UNSCORED, "unscored"), (names.DROPPED, "dropped"), (names.REPLACED, "replaced")):
+            metrics[name] = float(sum(value.startswith(outcome) for value in outcomes.values()))
+        policy = PolicyVersion(iteration=min((s.min_version for s in shards), default=0), attempt=self._attempt)
+        return BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes, metrics=metrics)
 
     async def _shards(self, iteration: int, first: int, prompts: Sequence[Prompt]) -> list[Served[ShardRecord]]:
         size = self._run.rollout.engine.batch
@@ -176,27 +188,14 @@ class BatchMaker:
                 "there is nothing to train on. The shards' details say why."
             )
 
-    def _staleness(self, manifest: BatchManifest) -> dict[str, float]:
+    def _staleness(self, iteration: int, shards: Sequence[ShardRecord]) -> dict[str, float]:
         """How many policy versions the batch's tokens lag behind the one that it is trained from."""
-        newest = manifest.iteration - 1
-        if self._run.is_sft:
+        if self._run.is_sft or not shards:
             return {}
-        mean = sum(s.num_tokens * (newest - s.min_version) for s in manifest.shards)
-        tokens = sum(s.num_tokens for s in manifest.shards)
-        oldest = min(s.min_version for s in manifest.shards)
-        return {names.STALENESS_MEAN: mean / max(tokens, 1), names.STALENESS_MAX: float(newest - oldest)}
-
-
-async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The answers of all calls in order; the first failure cancels the others and is raised."""
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+        newest = iteration - 1
+        mean = sum(s.num_tokens * (newest - s.min_version) for s in shards) / max(1, sum(s.num_tokens for s in shards))
+        oldest = min(s.min_version for s in shards)
+        return {names.STALENESS_MEAN: mean, names.STALENESS_MAX: float(newest - oldest)}
 
 
 def merge(shards: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:

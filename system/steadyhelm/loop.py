@@ -26,12 +26,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steadyhelm import telemetry
-from steadyhelm.batches import Batch, BatchMaker
+from steadyhelm.batches import BatchMaker
 from steadyhelm.config import RunFile
-from steadyhelm.data.types import BatchManifest, PolicyVersion, Span
+from steadyhelm.data.types import PolicyVersion, Span
 from steadyhelm.errors import LearnerLostError
 from steadyhelm.services import Learner, PromptSource, Reference, Reward, Rollout
 from steadyhelm.store.layout import RunLayout
@@ -51,12 +51,17 @@ class Services:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationReport:
-    """What an iteration did. ``replayed`` iterations were committed before and are stepped again after a restart."""
+    """What an iteration did.
+
+    ``replayed`` iterations were committed before and are stepped again after a restart. ``served`` is True where the
+    engines have this iteration's weights; the first such report, without metrics, says where the run stands.
+    """
 
     iteration: int
     version: PolicyVersion
-    replayed: bool
-    metrics: Mapping[str, float]
+    replayed: bool = False
+    served: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Loop:
@@ -103,12 +108,10 @@ class Loop:
                     losses += 1
                     if losses > self._run.learner.max_restarts:
                         raise
-                    again = f"{losses} of at most {self._run.learner.max_restarts} restarts"
-                    self._tell(
-                        telemetry.Notice(
-                            text=f"{error} It goes on from the last checkpoint ({again}).", level="warning"
-                        )
-                    )
+                    await asyncio.to_thread(self._log.renew, "a learner rank was lost")
+                    again = f"restart {losses} of at most {self._run.learner.max_restarts}"
+                    text = f"{error} The group goes on from the last checkpoint ({again})."
+                    self._tell(telemetry.Notice(text=text, level="warning"))
         finally:
             await batches.close()
 
@@ -121,8 +124,10 @@ class Loop:
             started = time.monotonic()
             learned = await self._services.learner.step(manifest)
             version = PolicyVersion(iteration=manifest.iteration, attempt=self._log.attempt)
-            yield self._report(manifest, version, started, dict(learned.metrics), learned.spans, replayed=True)
-        await self._serve(version.iteration)
+            metrics = self._metrics(started, learned.spans, manifest.metrics, learned.metrics)
+            yield IterationReport(iteration=manifest.iteration, version=version, replayed=True, metrics=metrics)
+        version, _, _ = await self._serve(version.iteration)
+        yield IterationReport(iteration=version.iteration, version=version, served=True)
 
     async def _advance(self, batches: BatchMaker) -> AsyncIterator[IterationReport]:
         """Makes, commits, steps and serves one batch after the other."""
@@ -135,8 +140,9 @@ class Loop:
             await asyncio.to_thread(self._log.commit_batch, batch.manifest)
             learned = await self._services.learner.step(batch.manifest)
             version, spans, metrics = await self._serve(iteration)
-            metrics = {**batch.metrics, **learned.metrics, **metrics}
-            yield self._report(batch.manifest, version, started, metrics, (*batch.spans, *learned.spans, *spans))
+            spans = (*batch.spans, *learned.spans, *spans)
+            metrics = self._metrics(started, spans, batch.manifest.metrics, learned.metrics, metrics)
+            yield IterationReport(iteration=iteration, version=version, served=True, metrics=metrics)
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
         """Publishes the learner's weights, puts them into every engine, and checkpoints where that is due."""
@@ -152,7 +158,8 @@ class Loop:
             version = published.value.version
             spans = (*published.spans, *applied.spans)
             metrics = {**published.metrics, **applied.metrics}
-        if iteration and iteration % self._run.schedule.checkpoint_every == 0:
+        last = iteration == self._run.schedule.iterations
+        if last or (iteration and iteration % self._run.schedule.checkpoint_every == 0):
             await self._checkpoint(iteration)
         return version, spans, metrics
 
@@ -165,22 +172,11 @@ class Loop:
         saved = await self._services.learner.save(version, self._layout.checkpoint(version))
         await asyncio.to_thread(self._log.commit_checkpoint, saved.value)
 
-    def _report(
-        self,
-        manifest: BatchManifest,
-        version: PolicyVersion,
-        started: float,
-        metrics: dict[str, float],
-        spans: tuple[Span, ...],
-        *,
-        replayed: bool = False,
-    ) -> IterationReport:
-        """Adds what only the loop can know: wall time, seconds per phase, overhead."""
+    @staticmethod
+    def _metrics(started: float, spans: tuple[Span, ...], *parts: Mapping[str, float]) -> dict[str, float]:
+        """The parts' metrics with what only the loop can know: wall time, seconds per phase, overhead."""
         ended = time.monotonic()
-        metrics.update(telemetry.phase_seconds(spans))
+        metrics = {name: value for part in parts for name, value in part.items()} | telemetry.phase_seconds(spans)
         metrics[telemetry.metrics.ITERATION_SECONDS] = ended - started
         metrics[telemetry.metrics.OVERHEAD_SHARE] = telemetry.overhead(spans, started, ended)
-        return IterationReport(iteration=manifest.iteration, version=version, replayed=replayed, metrics=metrics)
-
-
-__all__ = ["Batch", "IterationReport", "Loop", "Services"]
+        return metrics

@@ -215,13 +215,14 @@ class BatchManifest:
     """The batch of one iteration, as the commit log names it: everything the learner needs to step it again.
 
     ``outcomes`` maps each issued prompt id to ``"trained"``, ``"dropped:<reason>"``, ``"replaced:<id>"`` or
-    ``"unscored:<policy>"``.
+    ``"unscored:<policy>"``. ``metrics`` are the finite ones of rollout and scoring, so that a replay shows them again.
     """
 
     iteration: int
     policy: PolicyVersion
     shards: tuple[ShardRecord, ...]
     outcomes: Mapping[PromptId, str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

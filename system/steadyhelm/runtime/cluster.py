@@ -35,12 +35,15 @@ def environment(run: RunFile) -> dict[str, str]:
 
 
 @contextmanager
-def cluster(run: RunFile, address: str = "") -> Iterator[None]:
+def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     """A Ray session for the run; a cluster that it starts itself is gone when the context ends.
 
     Args:
         run: the run file; its name becomes the namespace's beginning.
         address: of a cluster to join; empty starts one on this machine, whatever else runs here.
+
+    Yields:
+        A folder for the session's own files.
 
     Raises:
         ResourceError: no room in shared memory, or no cluster answers at ``address``.
@@ -58,7 +61,8 @@ def cluster(run: RunFile, address: str = "") -> Iterator[None]:
                 "empty to run on this machine."
             ) from error
         try:
-            yield
+            with tempfile.TemporaryDirectory(prefix="steadyhelm-ray-") as folder:
+                yield folder
         finally:
             ray.shutdown()
         return
@@ -76,7 +80,7 @@ def cluster(run: RunFile, address: str = "") -> Iterator[None]:
             runtime_env=runtime_env,
             _temp_dir=folder,
         )
-        yield
+        yield folder
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

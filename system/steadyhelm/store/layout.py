@@ -11,6 +11,7 @@
     <run>/metrics/<attempt>-<n>.jsonl                           metrics in segments
     <run>/eval/<iteration:06d>/<attempt>-<shard:04d>.rollout    completions of an evaluation
     <run>/report/…, <run>/model/…                               the report; the final model folder
+    <run>/start/…                                               the starting point where a factory made it
 
 A number that outgrows its width is written whole; ``parse`` reads it all the same, but names then no longer sort.
 """
@@ -90,6 +91,11 @@ class RunLayout:
     def metrics_prefix(self) -> str:
         """Prefix of the metrics segments."""
         return f"{self.run}/metrics/"
+
+    @property
+    def start(self) -> str:
+        """Prefix of the starting point's model folder where a factory made it, without a slash behind."""
+        return f"{self.run}/start"
 
     def log_entry(self, seq: int) -> str:
         """Key of the ``seq``-th entry of the commit log, from 1."""

@@ -1,0 +1,358 @@
+"""The composition root: run file → store, commit log, services → loop; start, resume, stop, evaluate."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from steadyhelm import __version__
+from steadyhelm.config import RunFile
+from steadyhelm.config.load import diff_run_files
+from steadyhelm.data.types import PolicyVersion
+from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError
+from steadyhelm.loop import IterationReport, Loop, Services
+from steadyhelm.store import ObjectStore, open_store
+from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.liveness import held
+from steadyhelm.store.log import CommitLog
+from steadyhelm.telemetry import EvalDone, EventSink, IterationDone, Notice, RunStarted, metrics_log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a run is started; nothing here changes its numbers.
+
+    ``run_id`` names the run's folder in the store; empty takes ``<name>-<engine>`` (``<name>`` for SFT). ``new`` takes
+    the first free ``<id>-<n>`` instead, ``resume_last`` the highest taken one. ``take_over`` goes on although another
+    driver seems alive. ``accept_changes`` resumes although the run file differs from the run's.
+    """
+
+    run_id: str = ""
+    new: bool = False
+    resume_last: bool = False
+    take_over: bool = False
+    accept_changes: bool = False
+    address: str = ""
+
+
+def default_run_id(run: RunFile) -> str:
+    """Id of the run that ``run`` starts where none is given: its name, with the engine's type where there is one."""
+    return run.name if run.is_sft else f"{run.name}-{run.rollout.engine.type}"
+
+
+def choose_run_id(run: RunFile, store: ObjectStore, options: RunOptions) -> str:
+    """The id that ``options`` ask for. Raises ConfigError where there is no run to resume."""
+    base = options.run_id or default_run_id(run)
+    if not (options.new or options.resume_last):
+        return base
+    taken = [base] if store.exists(RunLayout(base).run_file) else []
+    while store.exists(RunLayout(f"{base}-{len(taken) + 1}").run_file):
+        taken.append(f"{base}-{len(taken) + 1}")
+    if options.resume_last:
+        if not taken:
+            raise ConfigError(f"There is no run {base!r} in {store.uri} to resume; start one without --resume-last.")
+        return taken[-1]
+    return f"{base}-{len(taken) + 1}" if taken else base
+
+
+def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> int:
+    """Runs, or goes on with, the run that ``run_file`` describes; blocks until it is finished or stopped.
+
+    Args:
+        run_file: the validated run file.
+        base: the run file's folder, where task code is looked for.
+        options: how to start.
+        tell: takes events for the display.
+
+    Returns:
+        0 when the run is finished, 128 + the signal's number when a signal stopped it.
+
+    Raises:
+        SteadyhelmError: what ended the run; everything committed is kept.
+    """
+    store = open_store(run_file.store.uri)
+    layout = RunLayout(choose_run_id(run_file, store, options))
+    _require_model(run_file)
+    with held(store, layout.run, take_over=options.take_over):
+        _settle_run_file(run_file, store, layout, options.accept_changes)
+        log = CommitLog.read(store, layout.run)
+        if log.finished() is not None:
+            tell(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
+            return 0
+        log = CommitLog.take_over(store, layout.run, "resume" if log.attempt else "start")
+        return asyncio.run(Driver(run_file, base, options.address, store, layout, log, tell).drive())
+
+
+def evaluate(run_file: RunFile, base: Path, model: str | None, pairs: int) -> dict[str, float]:
+    """Metrics of the model folder ``model`` (None: the run file's) on the first ``pairs`` held-out pairs (0: all).
+
+    Raises the errors of ``run``.
+    """
+    part = run_file.model if model is None else run_file.model.model_copy(update={"path": model, "factory": None})
+    run_file = run_file.model_copy(update={"model": part})
+    if run_file.data.eval is None:
+        raise ConfigError("data.eval is not given: name the function that returns the held-out pairs")
+    _require_model(run_file)
+    with tempfile.TemporaryDirectory(prefix="steadyhelm-eval-") as scratch:
+        return asyncio.run(_evaluate(run_file, base, open_store(scratch), pairs))
+
+
+async def _evaluate(run_file: RunFile, base: Path, store: ObjectStore, pairs: int) -> dict[str, float]:
+    from steadyhelm.evaluation.policy import evaluate_policy
+    from steadyhelm.runtime import build, cluster, handles
+
+    layout = RunLayout("evaluation")
+    place = build.RunPlace(run=run_file, run_id=layout.run, attempt=0, base=str(base), store_uri=store.uri)
+    with cluster.cluster(run_file, run_file.runtime.address):
+        place = await _with_model(place, _silent)
+        prompts = handles.PromptsHandle(run_file, partial(build.prompts, place), _silent)
+        rollout = handles.RolloutHandle(run_file, partial(build.rollout, place), _silent)
+        try:
+            prompts.pool.launch()
+            rollout.pool.launch()
+            await asyncio.gather(prompts.pool.ready(), rollout.pool.ready())
+            key = partial(layout.eval_shard, 0, 0)
+            result = await evaluate_policy(prompts, rollout, store, key, run_file, iteration=0, limit=pairs)
+        finally:
+            await prompts.pool.close()
+            await rollout.pool.close()
+    return result.metrics()
+
+
+class Driver:
+    """One attempt at a run, from its services' start to their end."""
+
+    def __init__(
+        self,
+        run_file: RunFile,
+        base: Path,
+        address: str,
+        store: ObjectStore,
+        layout: RunLayout,
+        log: CommitLog,
+        tell: EventSink,
+    ) -> None:
+        self._run = run_file
+        self._base = base
+        self._address = address or run_file.runtime.address
+        self._store = store
+        self._layout = layout
+        self._log = log
+        self._tell = tell
+        self._metrics = metrics_log.MetricsLog(store.put, layout.metrics_prefix, log.attempt)
+        self._signal: signal.Signals | None = None
+
+    async def drive(self) -> int:
+        """Runs to the end or to a signal; returns the exit code."""
+        from steadyhelm.runtime import build, cluster
+
+        place = build.RunPlace(
+            run=self._run,
+            run_id=self._layout.run,
+            attempt=self._log.attempt,
+            base=str(self._base),
+            store_uri=self._store.uri,
+        )
+        first = self._log.last_iteration + 1
+        self._tell(
+            RunStarted(
+                run=self._layout.run,
+                iterations=self._run.schedule.iterations,
+                first_iteration=first,
+                place=f"{self._store.uri}/{self._layout.run}",
+            )
+        )
+        work = asyncio.create_task(self._work(place, cluster.cluster(self._run, self._address)))
+        with self._signals(work):
+            try:
+                await work
+            except asyncio.CancelledError:
+                if self._signal is None:
+                    raise
+            finally:
+                self._metrics.flush()
+        if self._signal is None:
+            return 0
+        self._tell(
+            Notice(
+                text=f"Stopped by {self._signal.name} with {self._log.last_iteration} of "
+                f"{self._run.schedule.iterations} iterations committed; the same command with "
+                f"--id {self._layout.run} goes on.",
+                level="warning",
+            )
+        )
+        return 128 + self._signal
+
+    async def _work(self, place: Any, session: Any) -> None:
+        """Starts the services and drives the loop; whatever ends it ends the services."""
+        with ExitStack() as stack:
+            scratch = stack.enter_context(session)
+            place = await _with_model(place, self._tell)
+            async with self._services(place, scratch) as services:
+                self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
+                async for report in self._loop.iterations():
+                    await self._note(report, services)
+                    if self._signal is not None and report.served:
+                        self._loop.stop()
+                if self._signal is None:
+                    await self._finish(services)
+
+    @asynccontextmanager
+    async def _services(self, place: Any, scratch: str) -> AsyncIterator[Services]:
+        """All services of the run, started side by side."""
+        from steadyhelm.runtime import build, handles
+        from steadyhelm.runtime.learner import LearnerGroup
+
+        run, tell = self._run, self._tell
+        learner = LearnerGroup(partial(build.learner, place), run, scratch, tell)
+        prompts = handles.PromptsHandle(run, partial(build.prompts, place), tell)
+        rollout = handles.RolloutHandle(run, partial(build.rollout, place), tell)
+        reward = None if run.is_sft else handles.RewardHandle(run, partial(build.reward, place), tell)
+        reference = handles.ReferenceHandle(run, partial(build.reference, place), tell) if run.uses_reference else None
+        pools = [handle.pool for handle in (prompts, rollout, reward, reference) if handle is not None]
+        try:
+            learner.launch()
+            for pool in pools:
+                pool.launch()
+            await asyncio.gather(learner.ready(), *(pool.ready() for pool in pools))
+            yield Services(prompts=prompts, rollout=rollout, learner=learner, reward=reward, reference=reference)
+        finally:
+            await asyncio.gather(learner.close(), *(pool.close() for pool in pools), return_exceptions=True)
+
+    async def _note(self, report: IterationReport, services: Services) -> None:
+        """Logs and shows an iteration; evaluates the policy where that is due."""
+        if report.metrics:
+            self._metrics.append(report.iteration, report.metrics, replayed=report.replayed)
+            self._tell(IterationDone(iteration=report.iteration, metrics=report.metrics, replayed=report.replayed))
+        if report.served and self._signal is None:
+            await self._evaluate(report.version, services)
+            if report.iteration % self._run.schedule.checkpoint_every == 0:
+                await asyncio.to_thread(self._metrics.flush)
+
+    async def _evaluate(self, version: PolicyVersion, services: Services) -> None:
+        """Evaluates and commits the result: at the start, each ``eval_every`` iterations, and in full at the end."""
+        from steadyhelm.evaluation.policy import evaluate_policy
+
+        iteration, schedule = version.iteration, self._run.schedule
+        last = iteration == schedule.iterations
+        due = last or iteration == 0 or (schedule.eval_every and iteration % schedule.eval_every == 0)
+        if self._run.is_sft or self._run.data.eval is None or not due or iteration in self._evaluated():
+            return
+        key = partial(self._layout.eval_shard, iteration, self._log.attempt)
+        result = await evaluate_policy(
+            services.prompts,
+            services.rollout,
+            self._store,
+            key,
+            self._run,
+            iteration=iteration,
+            limit=0 if last else schedule.eval_pairs,
+        )
+        metrics = result.metrics()
+        await asyncio.to_thread(
+            self._log.append, "eval", {"iteration": iteration, "attempt": self._log.attempt, "metrics": metrics}
+        )
+        self._metrics.append(iteration, metrics)
+        self._tell(EvalDone(iteration=iteration, metrics=metrics))
+
+    def _evaluated(self) -> set[int]:
+        return {int(entry.payload["iteration"]) for entry in self._log.entries if entry.kind == "eval"}
+
+    async def _finish(self, services: Services) -> None:
+        """Exports the model, writes the report, and commits that the run is finished."""
+        from steadyhelm.report import write_report
+
+        await services.learner.export(self._layout.model)
+        self._metrics.flush()
+        await asyncio.to_thread(self._log.finish, {"iterations": self._run.schedule.iterations})
+        place = await asyncio.to_thread(write_report, self._store, self._layout.run)
+        self._tell(
+            Notice(text=f"Finished. The model is {self._layout.model}, the report {place} in {self._store.uri}.")
+        )
+
+    @contextmanager
+    def _signals(self, work: asyncio.Task[None]) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run behind the step in progress, with a checkpoint; a second one ends it at once."""
+        loop = asyncio.get_running_loop()
+
+        def on(number: signal.Signals) -> None:
+            started = getattr(self, "_loop", None)
+            if self._signal is not None or started is None:
+                self._signal = number
+                work.cancel()
+                return
+            self._signal = number
+            started.stop()
+            self._tell(
+                Notice(
+                    text=f"{number.name}: stops behind the step in progress; once more stops at once.", level="warning"
+                )
+            )
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def _silent(_: Any) -> None:
+    """Takes events that nobody watches."""
+
+
+def _require_model(run_file: RunFile) -> None:
+    """Raises ModelError where ``model.path`` is no model folder, before anything is started."""
+    path = run_file.model.path
+    if path and not (Path(path) / "config.json").is_file():
+        raise ModelError(
+            f"model.path {path!r} is no model folder (no config.json in {Path(path).absolute()}): run the SFT cold "
+            "start that makes it, or give a Hugging Face model folder"
+        )
+
+
+async def _with_model(place: Any, tell: EventSink) -> Any:
+    """``place`` with its starting point: the run file's folder, or what its factory writes in a process of its own."""
+    from steadyhelm.runtime import build, calls
+
+    if place.run.model.path:
+        return replace(place, model=str(Path(place.run.model.path).absolute()))
+    runtime = place.run.runtime
+    refs = await calls.answer(
+        build.in_a_process(build.model, place),
+        of=f"model.factory {place.run.model.factory}",
+        deadline_s=runtime.start_deadline_s,
+        notice_s=runtime.wait_notice_s,
+        tell=tell,
+    )
+    return replace(place, model_refs=refs)
+
+
+def _settle_run_file(run_file: RunFile, store: ObjectStore, layout: RunLayout, accept_changes: bool) -> None:
+    """Puts the run file of a new run; raises ConfigError where a known run's differs from it."""
+    record = {"format": 1, "steadyhelm": __version__, "run": run_file.model_dump(mode="json")}
+    data = json.dumps(record, indent=1).encode()
+    try:
+        store.put(layout.run_file, data, if_absent=True)
+        return
+    except ObjectExistsError:
+        known = RunFile.model_validate(json.loads(bytes(store.get(layout.run_file)))["run"])
+    changes = diff_run_files(known, run_file)
+    if not changes:
+        return
+    if not accept_changes:
+        listed = "\n  ".join(changes)
+        raise ConfigError(
+            f"run {layout.run} exists with another run file:\n  {listed}\n"
+            "Start a new run with --new, or go on under the changed file with --accept-changes."
+        )
+    store.put(layout.run_file, data)
