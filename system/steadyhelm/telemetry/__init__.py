@@ -4,7 +4,16 @@ Imports only the OpenTelemetry API besides the standard library; ``prometheus`` 
 """
 
 from steadyhelm.telemetry import metrics
-from steadyhelm.telemetry.events import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, ServiceState
+from steadyhelm.telemetry.events import (
+    EvalDone,
+    Event,
+    EventSink,
+    IterationDone,
+    Notice,
+    RunStarted,
+    ServiceState,
+    log_event,
+)
 from steadyhelm.telemetry.logs import configure
 from steadyhelm.telemetry.metrics_log import MetricsLine, MetricsLog, join_segments
 from steadyhelm.telemetry.spans import Span, collect, covered_s, overhead, phase_seconds, span
@@ -24,6 +33,7 @@ __all__ = [
     "configure",
     "covered_s",
     "join_segments",
+    "log_event",
     "metrics",
     "overhead",
     "phase_seconds",

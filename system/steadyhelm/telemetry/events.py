@@ -5,8 +5,9 @@ A sink is any ``Callable[[Event], None]``; ``display.Display.update`` is one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 
@@ -73,3 +74,12 @@ class Notice:
 
 Event = RunStarted | ServiceState | IterationDone | EvalDone | Notice
 EventSink = Callable[[Event], None]
+
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def log_event(event: Event) -> None:
+    """Logs ``event`` with its fields as the line's extra fields: the sink where a machine reads the log."""
+    fields = {("run_id" if name == "run" else name): value for name, value in asdict(event).items()}
+    text, level = str(fields.pop("text", type(event).__name__)), _LEVELS[fields.pop("level", "info")]
+    logging.getLogger("steadyhelm.run").log(level, text, extra={"event": type(event).__name__, **fields})

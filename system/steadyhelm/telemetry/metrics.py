@@ -92,7 +92,7 @@ OVERHEAD_SHARE = _metric(
     "overhead/share", "Share of the iteration's wall time in which nothing computes", "ratio", exact=False
 )
 
-# Evaluation; the bounds are the 95 % Wilson interval's
+# Evaluation
 EVAL_ACCURACY = _metric("eval/accuracy", "Share of right answers, averaged over both orders", "ratio")
 EVAL_ACCURACY_LOW = _metric("eval/accuracy_low", "Lower bound of the accuracy's 95 % interval", "ratio")
 EVAL_ACCURACY_HIGH = _metric("eval/accuracy_high", "Upper bound of the accuracy's 95 % interval", "ratio")

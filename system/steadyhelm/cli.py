@@ -1,0 +1,248 @@
+"""``steadyhelm``: one command per thing that a person asks for.
+
+Exit codes: 0 done · 1 failed · 2 the run file, the data or the command line is wrong · 128 + n ended by signal n
+(130: Ctrl-C). Heavy modules are imported inside the commands, so that ``--help`` and ``validate`` need neither torch
+nor ray and answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from steadyhelm.config import RunFile
+
+EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="steadyhelm",
+    help="Trains reasoning reward models by reinforcement learning, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Replaces a value of the run file, e.g. learner.lr=1e-5; repeatable."
+    ),
+]
+RunId = Annotated[str, typer.Option("--id", help="Id of the run in the store; default: its name and engine.")]
+New = Annotated[bool, typer.Option("--new", help="Start a new run, under the first free <id>-<n>.")]
+ResumeLast = Annotated[bool, typer.Option("--resume-last", help="Go on with the newest run of this id.")]
+TakeOver = Annotated[bool, typer.Option("--take-over", help="Go on although another driver seems alive; it is fenced.")]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on although the run file differs from the run's.")
+]
+Address = Annotated[str, typer.Option(help="Ray cluster to join; default: one of the run's own on this machine.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="Log lines on stderr, for people or as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show debug lines, and the traceback of an error.")]
+
+
+def start(
+    context: typer.Context,
+    file: RunPath,
+    sets: Sets = None,
+    run_id: RunId = "",
+    new: New = False,
+    resume_last: ResumeLast = False,
+    take_over: TakeOver = False,
+    accept_changes: AcceptChanges = False,
+    address: Address = "",
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.HUMAN,
+    debug: Debug = False,
+) -> None:
+    """``run`` and ``sft``: the same, but that ``sft`` takes run files of that algorithm only."""
+    from steadyhelm import telemetry
+    from steadyhelm.display import Display
+    from steadyhelm.errors import ConfigError
+
+    if new and resume_last:
+        raise typer.BadParameter("give one of --new and --resume-last")
+    run_file = _load(file, sets)
+    if context.info_name == "sft" and not run_file.is_sft:
+        kind = run_file.algorithm.type
+        raise ConfigError(f"{file}: algorithm.type is {kind!r}: 'steadyhelm sft' takes 'sft', use 'steadyhelm run'")
+    as_json = log_format is LogFormat.JSON
+    with Display(live=False if as_json else None, quiet=quiet or as_json) as display:
+        # After the display has begun: a live one moves what is written to stderr above its picture.
+        level = logging.WARNING if display.is_live and not debug else _level(debug)
+        telemetry.configure(log_format.value, level)
+        from steadyhelm import driver
+
+        options = driver.RunOptions(
+            run_id=run_id,
+            new=new,
+            resume_last=resume_last,
+            take_over=take_over,
+            accept_changes=accept_changes,
+            address=address,
+        )
+        sink = telemetry.log_event if as_json else display.update
+        code = driver.run(run_file, file.resolve().parent, options, sink)
+    raise typer.Exit(code)
+
+
+app.command("run", help="Starts the run that FILE describes, or goes on with it.")(start)
+app.command("sft", help="Supervised fine-tuning: run, for a FILE whose algorithm.type is sft.")(start)
+
+
+@app.command(name="eval")
+def evaluate(
+    file: RunPath,
+    sets: Sets = None,
+    model: Annotated[str, typer.Option(help="Model folder; default: the run file's model.")] = "",
+    pairs: Annotated[int, typer.Option(min=0, help="Held-out pairs; 0 takes all.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    log_format: Logs = LogFormat.HUMAN,
+    debug: Debug = False,
+) -> None:
+    """Evaluates a model on FILE's held-out pairs, in both orders."""
+    import json
+
+    from steadyhelm import telemetry
+    from steadyhelm.display import evaluation_line
+
+    run_file = _load(file, sets)
+    telemetry.configure(log_format.value, _level(debug))
+    from steadyhelm import driver
+
+    result = driver.evaluate(run_file, file.resolve().parent, model or None, pairs)
+    typer.echo(json.dumps(result, indent=1) if json_output else evaluation_line(result))
+
+
+@app.command()
+def validate(file: RunPath, sets: Sets = None, debug: Debug = False) -> None:
+    """Checks FILE and the code files that it names; prints what it describes."""
+    run_file = _load(file, sets)
+    iterations, kind = run_file.schedule.iterations, run_file.algorithm.type
+    batch = f"{run_file.rollouts_per_iteration} {'traces' if run_file.is_sft else 'rollouts'}"
+    steps = iterations * run_file.steps_per_iteration
+    typer.echo(f"{file} is valid: {run_file.name}, {kind}, {iterations} iterations of {batch}, {steps} optimiser steps")
+    if run_file.model.path and not Path(run_file.model.path).is_dir():
+        typer.echo(f"note: model.path {run_file.model.path!r} is no folder yet; it must exist when the run starts")
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON Schema of run files."""
+    import json
+
+    from steadyhelm.config.load import schema as run_file_schema
+
+    typer.echo(json.dumps(run_file_schema(), indent=1))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder, <store>/<run>.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN_DIR/report/report.html.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Builds a run's report.html again from what its store holds."""
+    from steadyhelm.report import gather, render_report
+    from steadyhelm.store import open_store
+
+    folder = run_dir.resolve()
+    data = gather(open_store(str(folder.parent)), folder.name)
+    target = output or folder / "report" / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render_report(data), encoding="utf-8")
+    typer.echo(f"wrote {target}")
+
+
+@app.command()
+def data(
+    file: RunPath,
+    sets: Sets = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Prompts to show.")] = 3,
+    held_out: Annotated[bool, typer.Option("--eval", help="Show held-out pairs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Shows the first prompts of FILE's data as the policy reads them."""
+    from itertools import islice
+
+    from steadyhelm.data.code_ref import call_code, iterate_result
+    from steadyhelm.data.pairs import checked_pairs
+    from steadyhelm.data.template import pairwise_prompt
+    from steadyhelm.errors import ConfigError
+
+    run_file, base = _load(file, sets), file.resolve().parent
+    reference = run_file.data.eval if held_out else run_file.data.train
+    if reference is None:
+        raise ConfigError(f"{file}: data.eval is not given: add it, or leave --eval out")
+    records = iterate_result(base, reference, call_code(base, reference))
+    for pair in islice(checked_pairs(records, reference), count):
+        parts = (pair.question, *pair.responses)
+        template = run_file.data.template
+        text = str(call_code(base, template, *parts)) if template else pairwise_prompt(*parts)
+        sizes = ", ".join(f"{len(image)} bytes" for image in pair.images) or "none"
+        typer.echo(f"── {pair.pair_id} · better: {pair.label} · images: {sizes}\n{text}")
+        if pair.trace is not None:
+            typer.echo(f"── trace\n{pair.trace}")
+        typer.echo()
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    from steadyhelm import __version__
+
+    typer.echo(__version__)
+
+
+def _load(file: Path, sets: list[str] | None) -> RunFile:
+    from steadyhelm.config.load import load_run_file
+
+    return load_run_file(file, sets or ())
+
+
+def _level(debug: bool) -> int:
+    return logging.DEBUG if debug else logging.INFO
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an error means."""
+    from steadyhelm.errors import ConfigError, DataError
+
+    return EXIT_WRONG_INPUT if isinstance(error, ConfigError | DataError) else EXIT_FAILED
+
+
+def main() -> None:
+    """The console script: runs a command, turns errors into one clear line on stderr and an exit code."""
+    from steadyhelm.errors import SteadyhelmError
+
+    try:
+        app()
+    except SteadyhelmError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"steadyhelm: {error}", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
