@@ -11,7 +11,7 @@ elsewhere too, with the same arguments; calls are idempotent under the same ids.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -70,8 +70,8 @@ class RolloutEngine(Protocol):
         """The policy version whose weights the next token is sampled from."""
         ...
 
-    def generate(self, requests: Sequence[EngineRequest], sampling: Sampling) -> AsyncIterator[Completion]:
-        """Completions as they finish, in any order. Raises EngineLostError, DataError."""
+    def generate(self, requests: Sequence[EngineRequest], sampling: Sampling) -> AsyncGenerator[Completion, None]:
+        """Completions as they finish, in any order; closing it ends the work. Raises EngineLostError, DataError."""
         ...
 
     async def apply_weights(self, weights: WeightsRecord) -> None:

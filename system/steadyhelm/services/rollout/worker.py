@@ -1,0 +1,274 @@
+"""The rollout service: prompts in, a trajectory shard in the object store out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steadyhelm import telemetry
+from steadyhelm.config.run import Data, Model, RunFile
+from steadyhelm.config.run import Rollout as RolloutPart
+from steadyhelm.data.types import (
+    Completion,
+    EngineRequest,
+    FinishReason,
+    PolicyVersion,
+    Prompt,
+    PromptId,
+    ShardRecord,
+    Trajectory,
+    WeightsRecord,
+)
+from steadyhelm.errors import DataError, RetryableError
+from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.models.load import load_model
+from steadyhelm.services import RolloutEngine, Served, ShardOrder
+from steadyhelm.services.rollout.shards import adopt_shard, put_shard
+from steadyhelm.services.rollout.transformers import TransformersEngine
+from steadyhelm.store import ObjectStore, open_store
+from steadyhelm.store.images import get_image
+from steadyhelm.telemetry import metrics as names
+from steadyhelm.weights.store import StoreWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSpec:
+    """What a rollout worker is built from, in whatever process.
+
+    ``folder`` is the model folder of the run's starting point, ``version`` the policy version that its weights are;
+    ``device`` a torch device name.
+
+    Example: ``RolloutSpec(model=run.model, data=run.data, rollout=run.rollout, folder="runs/x/model",
+    store_uri="runs", version=PolicyVersion(iteration=0, attempt=1))``
+    """
+
+    model: Model
+    data: Data
+    rollout: RolloutPart
+    folder: str
+    store_uri: str
+    version: PolicyVersion
+    device: str = "cpu"
+
+    @classmethod
+    def of(
+        cls, run: RunFile, *, folder: str, store_uri: str, version: PolicyVersion, device: str = "cpu"
+    ) -> RolloutSpec:
+        """The parts of a run file that a rollout worker needs."""
+        return cls(
+            model=run.model,
+            data=run.data,
+            rollout=run.rollout,
+            folder=folder,
+            store_uri=store_uri,
+            version=version,
+            device=device,
+        )
+
+
+def make_encoder(folder: str, model: Model, data: Data, store: ObjectStore) -> PromptEncoder:
+    """The encoder of a model folder with the run file's limits; images come from ``store``. Raises ModelError."""
+    return PromptEncoder(
+        folder,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        trust_remote_code=model.trust_remote_code,
+        fetch=partial(get_image, store),
+    )
+
+
+def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -> RolloutEngine:
+    """The engine that the run file names. Raises ModelError."""
+    match spec.rollout.engine.type:
+        case "transformers":
+            model = load_model(
+                spec.folder,
+                dtype=spec.model.dtype,
+                trust_remote_code=spec.model.trust_remote_code,
+                device=spec.device,
+            )
+            return TransformersEngine(
+                model,
+                encoder,
+                batch=spec.rollout.engine.batch,
+                version=spec.version,
+                fetch=StoreWeights(store).fetch,
+            )
+
+
+class RolloutWorker:
+    """A ``Rollout``: encodes prompts, runs the engine, puts the shard.
+
+    The engine works on one order at a time, in the order they came; the next one's prompts are encoded meanwhile.
+
+    Args:
+        engine: samples the completions.
+        encoder: of the engine's model.
+        store: where shards go.
+        max_prompt_tokens: longest prompt.
+        drop_overlong: whether a longer one is left out of the shard instead of ending the run.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        encoder: PromptEncoder,
+        store: ObjectStore,
+        *,
+        max_prompt_tokens: int,
+        drop_overlong: bool,
+    ) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._store = store
+        self._max_prompt_tokens = max_prompt_tokens
+        self._drop_overlong = drop_overlong
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    def build(cls, spec: RolloutSpec) -> RolloutWorker:
+        """The worker with its engine, model loaded. Raises ModelError, StoreError."""
+        store = open_store(spec.store_uri)
+        encoder = make_encoder(spec.folder, spec.model, spec.data, store)
+        return cls(
+            make_engine(spec, encoder, store),
+            encoder,
+            store,
+            max_prompt_tokens=spec.data.max_prompt_tokens,
+            drop_overlong=spec.data.overlong == "drop",
+        )
+
+    async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+        """Samples the order's completions and puts the shard; an order whose shard exists already is not sampled again.
+
+        Prompts above ``data.max_prompt_tokens`` are missing from the record where ``data.overlong`` is ``drop``.
+
+        Raises:
+            RetryableError: the engine's weights are older than the order allows.
+            DataError: a prompt is too long or has a corrupt image.
+            CorruptObjectError: an object under the order's key is not its shard.
+        """
+        with telemetry.collect() as spans:
+            record = await asyncio.to_thread(adopt_shard, self._store, order)
+            if record is not None:
+                return Served(value=record, spans=tuple(spans))
+            requests = await asyncio.to_thread(self._encode, order.prompts)
+            started = time.monotonic()
+            async with self._turn:
+                started = time.monotonic()
+                self._require(order.min_version)
+                completions = await self._generate(requests, order)
+                generated_s = time.monotonic() - started
+            trajectories = await asyncio.to_thread(self._trajectories, order.prompts, requests, completions)
+            record = await asyncio.to_thread(put_shard, self._store, order, trajectories)
+        return Served(value=record, spans=tuple(spans), metrics=rollout_metrics(trajectories, generated_s))
+
+    async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
+        """Returns once the engine serves ``weights``. Raises CorruptObjectError, ModelError."""
+        with telemetry.collect() as spans, telemetry.span("rollout", "apply weights"):
+            await self._engine.apply_weights(weights)
+        return Served(value=None, spans=tuple(spans))
+
+    async def health(self) -> None:
+        """Returns where the engine can serve. Raises EngineLostError."""
+        await self._engine.health()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Takes no new orders and returns once those in flight are done. Raises DeadlineError."""
+        await self._engine.drain(deadline_s)
+
+    def _require(self, min_version: int) -> None:
+        if self._engine.version.iteration < min_version:
+            raise RetryableError(
+                f"the rollout engine serves policy {self._engine.version} but the order wants iteration {min_version} "
+                "or newer: it is tried again once the weights are there",
+                delay_s=0.5,
+            )
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[PromptId, EngineRequest]:
+        """The engine's requests for the prompts that are not dropped. Raises DataError."""
+        requests = {}
+        with telemetry.span("rollout", "encode"):
+            for prompt in prompts:
+                try:
+                    tokens = self._encoder.encode(prompt.text, prompt.images)
+                except DataError as error:
+                    raise DataError(f"prompt {prompt.prompt_id!r} (pair {prompt.pair_id!r}): {error}") from error
+                if self._fits(prompt, tokens):
+                    requests[prompt.prompt_id] = EngineRequest(
+                        prompt_id=prompt.prompt_id, prompt_tokens=tokens, images=prompt.images, seed=prompt.seed
+                    )
+        return requests
+
+    def _fits(self, prompt: Prompt, tokens: NDArray[np.int32]) -> bool:
+        if len(tokens) <= self._max_prompt_tokens:
+            return True
+        if self._drop_overlong:
+            return False
+        raise DataError(
+            f"prompt {prompt.prompt_id!r} (pair {prompt.pair_id!r}) has {len(tokens)} tokens but "
+            f"data.max_prompt_tokens is {self._max_prompt_tokens}: raise it, lower data.max_pixels, or set "
+            "data.overlong to 'drop'"
+        )
+
+    async def _generate(
+        self, requests: Mapping[PromptId, EngineRequest], order: ShardOrder
+    ) -> dict[PromptId, Completion]:
+        completions: dict[PromptId, Completion] = {}
+        async with aclosing(self._engine.generate(list(requests.values()), order.sampling)) as stream:
+            async for completion in stream:
+                completions[completion.prompt_id] = completion
+        lost = [prompt_id for prompt_id in requests if prompt_id not in completions]
+        aborted = [done.prompt_id for done in completions.values() if done.finish is FinishReason.ABORT]
+        if lost or aborted:
+            raise RetryableError(
+                f"the engine left {len(lost)} of {len(requests)} requests unanswered and aborted {len(aborted)} "
+                f"(first: {(lost + aborted)[0]!r}): the shard is sampled again"
+            )
+        return completions
+
+    def _trajectories(
+        self,
+        prompts: Sequence[Prompt],
+        requests: Mapping[PromptId, EngineRequest],
+        completions: Mapping[PromptId, Completion],
+    ) -> list[Trajectory]:
+        """The shard's elements in the order's order, without the dropped ones."""
+        with telemetry.span("rollout", "decode text"):
+            return [
+                Trajectory(
+                    prompt=prompt,
+                    prompt_tokens=requests[prompt.prompt_id].prompt_tokens,
+                    tokens=done.tokens,
+                    logprobs=done.logprobs,
+                    versions=done.versions,
+                    attempt=done.attempt,
+                    finish=done.finish,
+                    completion_text=self._encoder.decode(done.tokens),
+                )
+                for prompt in prompts
+                if (done := completions.get(prompt.prompt_id)) is not None
+            ]
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], generated_s: float) -> dict[str, float]:
+    """Counts, lengths and speed of a shard; ``generated_s`` is how long its generation took."""
+    lengths = [len(trajectory.tokens) for trajectory in trajectories]
+    if not lengths:
+        return {names.ROLLOUT_SAMPLES: 0.0, names.ROLLOUT_TOKENS: 0.0}
+    truncated = sum(trajectory.finish is FinishReason.LENGTH for trajectory in trajectories)
+    return {
+        names.ROLLOUT_SAMPLES: float(len(lengths)),
+        names.ROLLOUT_TOKENS: float(sum(lengths)),
+        names.ROLLOUT_TOKENS_PER_S: sum(lengths) / max(generated_s, 1e-9),
+        names.LENGTH_MEAN: sum(lengths) / len(lengths),
+        names.LENGTH_MAX: float(max(lengths)),
+        names.TRUNCATED_RATE: truncated / len(lengths),
+    }

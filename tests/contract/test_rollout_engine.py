@@ -1,0 +1,432 @@
+"""What every rollout engine promises; a new engine joins with a ``Subject`` of its own in ``ENGINES``."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from steadyhelm.data.types import (
+    Completion,
+    EngineRequest,
+    FinishReason,
+    ImageKey,
+    PolicyVersion,
+    PromptId,
+    Sampling,
+    WeightsRecord,
+)
+from steadyhelm.errors import (
+    CorruptObjectError,
+    DataError,
+    DeadlineError,
+    EngineLostError,
+    FatalError,
+    RetryableError,
+)
+from steadyhelm.models.batch import TokenSequence, collate
+from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.models.load import load_model
+from steadyhelm.models.logprobs import completion_logprobs
+from steadyhelm.services import RolloutEngine
+from steadyhelm.services.rollout.transformers import TransformersEngine
+from steadyhelm.store import open_store
+from steadyhelm.store.images import get_image, put_image
+from steadyhelm.testing.fake_engine import TABLE, FakeEngine
+from steadyhelm.weights.store import StoreWeights
+
+FIRST = PolicyVersion(iteration=4, attempt=2)
+TEXTS = ("Which digit is it?", "Is the digit odd or even? Say why.", "Is it larger than 4?", "x")
+
+
+def picture(seed: int, height: int = 56, width: int = 56) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Subject(Protocol):
+    """An engine under test with what the suite needs to know about its policy."""
+
+    engine: RolloutEngine
+    eos_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    corrupt: ImageKey
+
+    def request(self, name: str, text: str, images: Sequence[int] = (), seed: int = 1) -> EngineRequest: ...
+
+    def logprobs(
+        self, version: int, request: EngineRequest, tokens: np.ndarray, temperature: float = 1.0
+    ) -> np.ndarray:
+        """What the trainer says of these tokens under the weights of ``version`` (an index into the weights made)."""
+        ...
+
+    def vision_mass(self, version: int, request: EngineRequest) -> float:
+        """Probability that the policy without its token mask gives to banned tokens as the first one."""
+        ...
+
+    def record(self, version: PolicyVersion, *, favour: Sequence[int] = (), damage: str = "") -> WeightsRecord:
+        """New weights: other random numbers, with ``favour`` tokens made very likely; broken as ``damage`` says."""
+        ...
+
+
+class TransformersSubject:
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._store = open_store(str(root))
+        self._folder = folder
+        encoder = PromptEncoder(
+            folder, min_pixels=3136, max_pixels=100352, fetch=lambda key: get_image(self._store, key)
+        )
+        model = load_model(folder, dtype="float32")
+        self._encoder = encoder
+        self._scorers = [load_model(folder, dtype="float32")]
+        self._weights = StoreWeights(self._store)
+        self.eos_ids, self.banned_ids = encoder.eos_ids, encoder.banned_ids
+        self.corrupt = put_image(self._store, picture(9)[:200])
+        self.engine = TransformersEngine(model, encoder, batch=8, version=FIRST, fetch=self._weights.fetch)
+
+    def request(self, name: str, text: str, images: Sequence[int] = (), seed: int = 1) -> EngineRequest:
+        keys = tuple(put_image(self._store, picture(n, 56, 56 + 28 * (n % 3))) for n in images)
+        return EngineRequest(
+            prompt_id=PromptId(name), prompt_tokens=self._encoder.encode(text, keys), images=keys, seed=seed
+        )
+
+    def logprobs(
+        self, version: int, request: EngineRequest, tokens: np.ndarray, temperature: float = 1.0
+    ) -> np.ndarray:
+        row = TokenSequence(prompt_tokens=request.prompt_tokens, tokens=tokens, images=request.images)
+        with torch.no_grad():
+            found, _, _ = completion_logprobs(
+                self._scorers[version],
+                collate([row], self._encoder),
+                temperature=temperature,
+                banned_ids=self.banned_ids,
+            )
+        return found[0].numpy()
+
+    def vision_mass(self, version: int, request: EngineRequest) -> float:
+        first = [
+            TokenSequence(prompt_tokens=request.prompt_tokens, tokens=np.asarray([8], np.int32), images=request.images)
+        ]
+        batch = collate(first, self._encoder)
+        with torch.no_grad():
+            model = self._scorers[version]
+            states = model.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                pixel_values=batch.pixel_values,
+                image_grid_thw=batch.image_grid_thw,
+            ).last_hidden_state
+            logits = model.lm_head(states[0, -2])
+        return float(logits.softmax(-1)[list(self.banned_ids)].sum())
+
+    def record(self, version: PolicyVersion, *, favour: Sequence[int] = (), damage: str = "") -> WeightsRecord:
+        torch.manual_seed(version.iteration)
+        model = load_model(self._folder, dtype="float32")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+            for token in favour:
+                model.get_output_embeddings().weight[token] *= 300.0
+        self._scorers.append(model)
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        last = sorted(tensors)[-1]
+        if damage == "missing":
+            del tensors[last]
+        elif damage == "extra":
+            tensors["model.more"] = torch.zeros(3)
+        elif damage == "shape":
+            tensors[last] = tensors[last][:-1].clone()
+        elif damage == "type":
+            tensors[last] = tensors[last].bfloat16()
+        record = self._weights.publish(version, f"run/weights/{version.iteration:06d}.{version.attempt}", tensors)
+        if damage == "bytes":
+            path = Path(self._store.uri.removeprefix("file://")) / record.objects[0].key
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.unlink()
+            path.write_bytes(data)
+        return record
+
+
+class FakeSubject:
+    VOCABULARY = 40
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._tables = [self._table(0)]
+        self._published: dict[PolicyVersion, Mapping[str, Any]] = {}
+        self._images: dict[ImageKey, bytes] = {ImageKey("images/bad"): b"no picture"}
+        self.eos_ids, self.banned_ids, self.corrupt = (2,), (3, 4), ImageKey("images/bad")
+        self.engine = self._make(self._tables[0], token_s=0.0)
+
+    def _make(self, table: np.ndarray, token_s: float) -> FakeEngine:
+        return FakeEngine(
+            table,
+            eos_id=2,
+            banned_ids=self.banned_ids,
+            version=FIRST,
+            fetch=self._fetch,
+            fetch_image=self._images.__getitem__,
+            token_s=token_s,
+        )
+
+    def _table(self, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).normal(size=(self.VOCABULARY, self.VOCABULARY)).astype(np.float32)
+
+    def _fetch(self, record: WeightsRecord) -> Mapping[str, Any]:
+        if record.checksum == "bytes":
+            raise CorruptObjectError("the checksum of the table does not match")
+        return self._published[record.version]
+
+    def request(self, name: str, text: str, images: Sequence[int] = (), seed: int = 1) -> EngineRequest:
+        keys = tuple(ImageKey(f"images/{n}") for n in images)
+        self._images |= {key: picture(n) for key, n in zip(keys, images, strict=True)}
+        tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32) % self.VOCABULARY
+        return EngineRequest(prompt_id=PromptId(name), prompt_tokens=tokens, images=keys, seed=seed)
+
+    def logprobs(
+        self, version: int, request: EngineRequest, tokens: np.ndarray, temperature: float = 1.0
+    ) -> np.ndarray:
+        return self._make(self._tables[version], 0.0).logprobs(request, tokens, temperature)
+
+    def vision_mass(self, version: int, request: EngineRequest) -> float:
+        mass = np.exp(self._tables[version][request.prompt_tokens[-1]].astype(float))
+        return float(mass[list(self.banned_ids)].sum() / mass.sum())
+
+    def record(self, version: PolicyVersion, *, favour: Sequence[int] = (), damage: str = "") -> WeightsRecord:
+        table = self._table(version.iteration)
+        table[:, list(favour)] = 50.0
+        self._tables.append(table)
+        if damage == "missing":
+            self._published[version] = {}
+        elif damage == "extra":
+            self._published[version] = {TABLE: table, "more": table}
+        elif damage in ("shape", "type"):
+            self._published[version] = {TABLE: table[:-1]}
+        else:
+            self._published[version] = {TABLE: table}
+        return WeightsRecord(version=version, objects=(), checksum=damage)
+
+
+ENGINES = {"transformers": TransformersSubject, "fake": FakeSubject}
+
+
+@pytest.fixture(params=sorted(ENGINES))
+async def subject(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Subject]:
+    made = ENGINES[request.param](tiny_model, tmp_path / "store")
+    yield made
+    if hasattr(made.engine, "close"):
+        await made.engine.close()
+
+
+async def answers(
+    subject: Subject, requests: Sequence[EngineRequest], sampling: Sampling | None = None
+) -> dict[str, Completion]:
+    sampling = sampling or Sampling(max_new_tokens=24)
+    done = [completion async for completion in subject.engine.generate(requests, sampling)]
+    assert len(done) == len({completion.prompt_id for completion in done}) == len(requests)
+    return {completion.prompt_id: completion for completion in done}
+
+
+def several(subject: Subject, number: int = 12) -> list[EngineRequest]:
+    return [
+        subject.request(f"0:{n}", TEXTS[n % len(TEXTS)], images=range(n % 3), seed=7919 * n + 1) for n in range(number)
+    ]
+
+
+async def test_every_request_is_answered_once_with_tokens_logprobs_and_versions_of_one_length(subject: Subject) -> None:
+    requests = several(subject)
+    found = await answers(subject, requests)
+    assert set(found) == {request.prompt_id for request in requests}
+    for completion in found.values():
+        assert completion.tokens.dtype == completion.versions.dtype == np.int32
+        assert completion.logprobs.dtype == np.float32
+        assert 1 <= len(completion.tokens) == len(completion.logprobs) == len(completion.versions) <= 24
+        assert set(completion.versions.tolist()) == {4}
+        assert completion.attempt == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+async def test_logprobs_are_the_trainers_at_the_runs_temperature_images_included(
+    subject: Subject, temperature: float
+) -> None:
+    requests = several(subject)
+    found = await answers(subject, requests, Sampling(max_new_tokens=24, temperature=temperature))
+    for request in requests:
+        completion = found[request.prompt_id]
+        expected = subject.logprobs(0, request, completion.tokens, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
+
+
+async def test_swapping_two_images_changes_the_logprobs(subject: Subject) -> None:
+    one = subject.request("0:0", TEXTS[0], images=(3, 6))  # equal sizes, so that the tokens are the same
+    two = subject.request("0:0", TEXTS[0], images=(6, 3))
+    np.testing.assert_array_equal(one.prompt_tokens, two.prompt_tokens)
+    tokens = (await answers(subject, [one]))["0:0"].tokens
+    assert np.abs(subject.logprobs(0, one, tokens) - subject.logprobs(0, two, tokens)).max() > 1e-3
+    greedy = Sampling(max_new_tokens=4, greedy=True)
+    first, second = (await answers(subject, [one], greedy))["0:0"], (await answers(subject, [two], greedy))["0:0"]
+    assert first.logprobs[0] != second.logprobs[0]
+
+
+async def test_greedy_answers_are_the_most_likely_tokens_and_do_not_depend_on_the_seed(subject: Subject) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=0.3, greedy=True)
+    one = subject.request("0:0", TEXTS[0], images=(1,), seed=1)
+    two = subject.request("0:0", TEXTS[0], images=(1,), seed=2)
+    first, second = (await answers(subject, [one], sampling))["0:0"], (await answers(subject, [two], sampling))["0:0"]
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    np.testing.assert_allclose(first.logprobs, subject.logprobs(0, one, first.tokens, 1.0), rtol=0, atol=1e-4)
+    others = [token for token in range(8, 30) if token != first.tokens[0]]
+    rivals = [subject.logprobs(0, one, np.asarray([token], np.int32))[0] for token in others]
+    assert first.logprobs[0] >= max(rivals)
+
+
+async def test_a_request_gets_the_same_answer_alone_and_in_any_batch(subject: Subject) -> None:
+    requests = several(subject)
+    together = await answers(subject, requests)
+    reversed_ = await answers(subject, requests[::-1])
+    alone = await answers(subject, [requests[5]])
+    for request in requests:
+        np.testing.assert_array_equal(together[request.prompt_id].tokens, reversed_[request.prompt_id].tokens)
+    np.testing.assert_array_equal(together["0:5"].tokens, alone["0:5"].tokens)
+    np.testing.assert_allclose(together["0:5"].logprobs, alone["0:5"].logprobs, rtol=0, atol=1e-4)
+
+
+async def test_samples_of_one_prompt_differ_by_seed_and_each_equals_its_own_request(subject: Subject) -> None:
+    requests = [subject.request(f"0:0s{n}", TEXTS[1], images=(2,), seed=1000 + n) for n in range(6)]
+    found = await answers(subject, requests)
+    assert len({completion.tokens.tobytes() for completion in found.values()}) == 6
+    for request in requests:
+        expected = subject.logprobs(0, request, found[request.prompt_id].tokens)
+        np.testing.assert_allclose(found[request.prompt_id].logprobs, expected, rtol=0, atol=1e-4)
+
+
+async def test_truncation_is_marked_and_gets_no_end_token(subject: Subject) -> None:
+    found = await answers(subject, several(subject, 16), Sampling(max_new_tokens=200))
+    short = await answers(subject, several(subject, 16), Sampling(max_new_tokens=3))
+    finishes = set()
+    for completion in [*found.values(), *short.values()]:
+        ended = int(completion.tokens[-1]) in subject.eos_ids
+        assert (completion.finish is FinishReason.STOP) == ended
+        assert not set(completion.tokens[:-1].tolist()) & set(subject.eos_ids)
+        finishes.add(completion.finish)
+    assert finishes == {FinishReason.STOP, FinishReason.LENGTH}
+    cut = next(completion for completion in short.values() if completion.finish is FinishReason.LENGTH)
+    assert len(cut.tokens) == 3
+    np.testing.assert_array_equal(cut.tokens, found[cut.prompt_id].tokens[:3])
+
+
+async def test_vision_tokens_are_never_sampled_even_where_the_policy_wants_them(subject: Subject) -> None:
+    await subject.engine.apply_weights(subject.record(PolicyVersion(iteration=5, attempt=2), favour=subject.banned_ids))
+    requests = several(subject)
+    assert np.mean([subject.vision_mass(1, request) for request in requests]) > 0.5
+    found = await answers(subject, requests)
+    for request in requests:
+        completion = found[request.prompt_id]
+        assert not set(completion.tokens.tolist()) & set(subject.banned_ids)
+        expected = subject.logprobs(1, request, completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
+
+
+async def test_new_weights_change_the_answers_and_stamp_their_version(subject: Subject) -> None:
+    requests = several(subject, 4)
+    before = await answers(subject, requests)
+    version = PolicyVersion(iteration=5, attempt=2)
+    await subject.engine.apply_weights(subject.record(version))
+    assert subject.engine.version == version
+    after = await answers(subject, requests)
+    assert any(before[name].tokens.tobytes() != after[name].tokens.tobytes() for name in before)
+    for request in requests:
+        completion = after[request.prompt_id]
+        assert set(completion.versions.tolist()) == {5}
+        expected = subject.logprobs(1, request, completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "type", "bytes"])
+async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_go_on_serving(
+    subject: Subject, damage: str
+) -> None:
+    requests = several(subject, 4)
+    before = await answers(subject, requests)
+    with pytest.raises(FatalError, match=r"weights|object|checksum"):
+        await subject.engine.apply_weights(subject.record(PolicyVersion(iteration=5, attempt=2), damage=damage))
+    assert subject.engine.version == FIRST
+    after = await answers(subject, requests)
+    for name, completion in before.items():
+        np.testing.assert_array_equal(completion.tokens, after[name].tokens)
+        np.testing.assert_array_equal(completion.logprobs, after[name].logprobs)
+
+
+async def test_weights_that_come_in_flight_serve_from_the_next_token_on(subject: Subject) -> None:
+    requests = [subject.request(f"0:{n}", TEXTS[n % 4], images=(n,), seed=n) for n in range(8)]
+    record = subject.record(PolicyVersion(iteration=5, attempt=2))
+    swapped = False
+    done: list[Completion] = []
+
+    async def swap() -> None:
+        nonlocal swapped
+        await asyncio.sleep(0)
+        await subject.engine.apply_weights(record)
+        swapped = True
+
+    async with asyncio.TaskGroup() as group:
+        async for completion in subject.engine.generate(requests, Sampling(max_new_tokens=600)):
+            if not done:
+                group.create_task(swap())
+            done.append(completion)
+            await asyncio.sleep(0)
+    assert swapped
+    assert {4, 5} >= {int(v) for completion in done for v in completion.versions}
+    assert any({4, 5} == set(completion.versions.tolist()) for completion in done)
+    for completion in done:
+        assert (np.diff(completion.versions) >= 0).all()
+        old = int((completion.versions == 4).sum())
+        request = next(request for request in requests if request.prompt_id == completion.prompt_id)
+        expected = subject.logprobs(0, request, completion.tokens)
+        np.testing.assert_allclose(completion.logprobs[:old], expected[:old], rtol=0, atol=1e-4)
+        if old < len(completion.tokens):
+            assert np.abs(completion.logprobs[old:] - expected[old:]).max() > 1e-3
+
+
+async def test_weights_of_another_attempt_in_flight_send_the_requests_back(subject: Subject) -> None:
+    requests = [subject.request(f"0:{n}", TEXTS[0], seed=n) for n in range(4)]
+    record = subject.record(PolicyVersion(iteration=5, attempt=3))
+    with pytest.raises(RetryableError, match="attempt"):
+        await asyncio.gather(
+            answers(subject, requests, Sampling(max_new_tokens=600)), subject.engine.apply_weights(record)
+        )
+    assert {completion.attempt for completion in (await answers(subject, requests)).values()} == {3}
+
+
+async def test_a_corrupt_image_is_an_error_of_its_request_and_the_engine_goes_on(subject: Subject) -> None:
+    good = subject.request("0:0", TEXTS[0], images=(1,))
+    bad = EngineRequest(prompt_id=PromptId("0:1"), prompt_tokens=good.prompt_tokens, images=(subject.corrupt,), seed=1)
+    with pytest.raises(DataError, match=subject.corrupt):
+        await answers(subject, [good, bad])
+    assert set(await answers(subject, [good])) == {"0:0"}
+
+
+async def test_a_closed_iterator_ends_the_work(subject: Subject) -> None:
+    stream = subject.engine.generate(several(subject, 8), Sampling(max_new_tokens=600))
+    await anext(stream)
+    await stream.aclose()
+    await subject.engine.health()
+    await subject.engine.drain(1.0)
+
+
+async def test_a_draining_engine_finishes_what_it_has_and_takes_nothing_new(subject: Subject) -> None:
+    stream = subject.engine.generate(several(subject, 4), Sampling(max_new_tokens=30))
+    done = [await anext(stream)]
+    with pytest.raises(DeadlineError, match="in flight"):
+        await subject.engine.drain(0.0)
+    with pytest.raises(EngineLostError, match="draining"):
+        await answers(subject, several(subject, 1))
+    done += [completion async for completion in stream]
+    assert len(done) == 4
+    await subject.engine.drain(1.0)
