@@ -17,13 +17,20 @@ class WeightSync(Protocol):
     its ``base``, and ``fetch`` needs the base's tensors to apply it to.
     """
 
-    def publish(self, version: PolicyVersion, key: str, tensors: Mapping[str, torch.Tensor]) -> WeightsRecord:
-        """Puts ``tensors`` under the prefix ``key``. Raises StoreError."""
+    def publish(
+        self,
+        version: PolicyVersion,
+        key: str,
+        tensors: Mapping[str, torch.Tensor],
+        known: WeightsRecord | None = None,
+    ) -> WeightsRecord:
+        """Puts ``tensors`` under the prefix ``key``. Raises StoreError.
+
+        Where ``known`` has their checksum, nothing is put and ``known`` is the answer.
+        """
         ...
 
-    def fetch(
-        self, record: WeightsRecord, base: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def fetch(self, record: WeightsRecord, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The tensors of ``record``, verified against its checksum, on the CPU and in memory of their own.
 
         Raises ObjectMissingError, CorruptObjectError.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from steadyhelm.errors import CorruptObjectError
 
@@ -35,7 +36,8 @@ _METADATA = "__metadata__"
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements in row-major order as bytes; shares memory with a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array.data if flat.numel() else memoryview(b"")
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview]:

@@ -23,25 +23,6 @@ GATHER_NUMEL = 1 << 28
 """Elements of ZeRO-3 parameters that are gathered at once for publishing."""
 
 
-def lr_at(step: int, total_steps: int, learner: Learner) -> float:
-    """Learning rate of the optimiser step ``step`` (from 0) of ``total_steps``.
-
-    Warm-up: lr·(step + 1)/warmup_steps. Then, with p the share of the remaining steps that are done, ``constant``: lr,
-    ``linear``: lr·(1 − (1 − m)·p), ``cosine``: lr·(m + (1 − m)·(1 + cos πp)/2), m = min_lr_ratio.
-    """
-    if step < learner.warmup_steps:
-        return learner.lr * (step + 1) / learner.warmup_steps
-    done = min(1.0, (step - learner.warmup_steps) / max(1, total_steps - learner.warmup_steps))
-    low = learner.min_lr_ratio
-    match learner.schedule:
-        case "linear":
-            return learner.lr * (1.0 - (1.0 - low) * done)
-        case "cosine":
-            return learner.lr * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * done)))
-        case _:
-            return learner.lr
-
-
 def deepspeed_config(learner: Learner, dtype: str, world_size: int, numel: int) -> dict[str, Any]:
     """DeepSpeed's configuration for ``numel`` trained elements; ``train_batch`` there has no meaning here."""
     # Of the stages below 3 only DeepSpeed's second sums bf16 gradients in fp32 into partitioned fp32 masters
@@ -167,7 +148,7 @@ def _parts(
 
 
 def _adam(trained: list[torch.nn.Parameter], learner: Learner) -> torch.optim.Optimizer:
-    settings = {
+    settings: dict[str, Any] = {
         "lr": learner.lr,
         "betas": learner.betas,
         "eps": learner.eps,

@@ -66,7 +66,8 @@ def fragments(engine: Any, names: dict[torch.nn.Parameter, str], rank: int, worl
         for parameter, name in names.items():
             group, offset, partition = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = rank * partition
-            numel = max(0, min(partition, parameter.ds_numel - start))  # the last ranks' partitions are padded
+            whole = int(getattr(parameter, "ds_numel"))  # noqa: B009 - DeepSpeed's attribute; the tensor itself may be empty
+            numel = max(0, min(partition, whole - start))  # the last ranks' partitions are padded
             if numel:
                 flat = optimizer.fp32_partitioned_groups_flat[group]
                 yield Fragment(name=name, start=start, numel=numel, flat=flat, offset=offset)
@@ -110,9 +111,7 @@ class Moments:
     def create(self, flat: torch.Tensor, steps: int) -> None:
         """Zero moments for ``flat`` after ``steps`` steps, to be filled in."""
         state = self._adam.state[flat]
-        # torch counts in a tensor, DeepSpeed's CPU Adam in an int
-        state["step"] = torch.tensor(float(steps)) if isinstance(self._adam, torch.optim.Optimizer) and not hasattr(
-            self._adam, "ds_opt_adam"
-        ) else steps
+        offloaded = type(self._adam).__name__ == "DeepSpeedCPUAdam"  # counts in an int, torch in a tensor
+        state["step"] = steps if offloaded else torch.tensor(float(steps), device=flat.device)
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat, requires_grad=False)

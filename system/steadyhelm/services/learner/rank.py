@@ -1,0 +1,203 @@
+"""One rank of the learner: the methods of ``services.Learner``, called on all ranks in lock-step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import BatchManifest, CheckpointRecord, ImageKey, ObjectRef, PolicyVersion, WeightsRecord
+from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.models.load import load_model
+from steadyhelm.models.logprobs import LOGIT_BYTES, CompletionScorer
+from steadyhelm.services import Served
+from steadyhelm.services.learner import checkpoint, collectives
+from steadyhelm.services.learner.batch import read_batch
+from steadyhelm.services.learner.engine import TrainEngine
+from steadyhelm.services.learner.training import Training
+from steadyhelm.store import open_store
+from steadyhelm.store.folders import put_folder
+from steadyhelm.store.images import get_image
+from steadyhelm.telemetry import collect, span
+from steadyhelm.telemetry import metrics as names
+from steadyhelm.weights.named import named_weights
+from steadyhelm.weights.store import StoreWeights
+
+T = TypeVar("T")
+
+_PREFIX = "model."  # CompletionScorer holds the model under this name
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSpec:
+    """What every rank is built from.
+
+    Example: ``LearnerSpec(run=run, model_folder="runs/digits-sft/model", store_uri="file:///home/me/runs")``
+    """
+
+    run: RunFile
+    model_folder: str
+    store_uri: str
+
+
+class LearnerRank:
+    """One rank. ``torch.distributed`` must be initialised with this rank and number of ranks.
+
+    All ranks make the same calls in the same order; all answer alike, rank 0's spans are the ones to keep.
+
+    Raises:
+        ConfigError: the run file asks for what the learner cannot do.
+        ModelError: the model folder cannot be used.
+    """
+
+    def __init__(self, spec: LearnerSpec, rank: int, world_size: int) -> None:
+        run = spec.run
+        self._spec = spec
+        self._rank = rank
+        self._store = open_store(spec.store_uri)
+        self._weights = StoreWeights(self._store)
+        torch.manual_seed(run.seed + rank)
+        self._encoder = PromptEncoder(
+            spec.model_folder,
+            min_pixels=run.data.min_pixels,
+            max_pixels=run.data.max_pixels,
+            trust_remote_code=run.model.trust_remote_code,
+            fetch=self._image,
+        )
+        model = self._load()
+        if run.learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        scorer = CompletionScorer(
+            model,
+            temperature=run.rollout.temperature,
+            banned_ids=self._encoder.banned_ids,
+            chunks=self._logit_chunks(world_size),
+        )
+        self._engine = TrainEngine(scorer, run.learner, run.model.dtype)
+        self._training = Training(self._engine, self._encoder, run)
+        self._pristine = True
+
+    def restore(self, record: CheckpointRecord | None) -> Served[None]:
+        """Takes the state of ``record``, or exactly that of the model folder. Raises CorruptObjectError."""
+        with collect() as spans, span("learner", "restore"):
+            if record is not None:
+                self._pristine = False
+                checkpoint.restore(self._store, record, self._engine, self._spec.run.seed)
+            elif not self._pristine:
+                weights = {f"{_PREFIX}{name}": tensor for name, tensor in named_weights(self._load()).items()}
+                checkpoint.reset(self._engine, weights, self._spec.run.seed)
+        return Served(value=None, spans=tuple(spans))
+
+    def step(self, manifest: BatchManifest) -> Served[None]:
+        """Trains on the batch, all its optimiser steps. Raises NonFiniteError, CorruptObjectError, DataError."""
+        run = self._spec.run
+        self._pristine = False
+        with collect() as spans:
+            with span("learner", "read"):
+                batch = collectives.together(
+                    lambda: read_batch(
+                        self._store, manifest, with_rewards=not run.is_sft, with_reference=run.uses_reference
+                    )
+                )
+            metrics = self._training.iteration(batch)
+        return Served(value=None, spans=tuple(spans), metrics=metrics)
+
+    def publish(self, version: PolicyVersion, key: str, known: WeightsRecord | None = None) -> Served[WeightsRecord]:
+        """Puts the weights in ``model.dtype`` under ``key``, unless ``known`` has their checksum. Raises StoreError."""
+        with collect() as spans, span("learner", "publish"):
+            tensors = self._whole_weights()
+            record = self._from_rank_0(
+                lambda: asdict(self._weights.publish(version, key, tensors, known)), _weights_record
+            )
+        size = float(sum(ref.num_bytes for ref in record.objects))
+        return Served(value=record, spans=tuple(spans), metrics={names.WEIGHTS_BYTES: size})
+
+    def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:
+        """Puts fp32 weights and optimiser state under ``key``. Raises StoreError."""
+        with collect() as spans, span("learner", "save"):
+            record = checkpoint.save(self._store, key, version, self._engine)
+        return Served(value=record, spans=tuple(spans))
+
+    def export(self, key: str) -> Served[tuple[ObjectRef, ...]]:
+        """Puts a Hugging Face model folder in ``model.dtype`` under ``key``. Raises StoreError."""
+        with collect() as spans, span("learner", "export"):
+            tensors = self._whole_weights()
+            refs = self._from_rank_0(
+                lambda: [asdict(ref) for ref in self._put_model(key, tensors)],
+                lambda found: tuple(ObjectRef(**ref) for ref in found),
+            )
+        return Served(value=refs, spans=tuple(spans))
+
+    def _load(self) -> Any:
+        run = self._spec.run
+        model = load_model(
+            self._spec.model_folder, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
+        )
+        _switch_dropout_off(model)
+        return model
+
+    def _image(self, key: ImageKey) -> bytes:
+        return get_image(self._store, key)
+
+    def _logit_chunks(self, world_size: int) -> int | None:
+        """Under ZeRO-3 a number of chunks that is the same on all ranks, since each gathers the output layer."""
+        run = self._spec.run
+        if run.learner.zero_stage < 3 or world_size == 1:
+            return None
+        logits = run.learner.micro_batch * run.rollout.max_new_tokens * self._encoder.vocab_size * 4
+        return max(1, -(-logits // LOGIT_BYTES))
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        """The policy's weights by the model's names on rank 0, nothing on the others."""
+        dtype = _DTYPES[self._spec.run.model.dtype]
+        # Under ZeRO-3 a gathered tensor is only lent
+        lent = self._engine.stage == 3
+        return {
+            name.removeprefix(_PREFIX): tensor.cpu().clone() if lent else tensor.cpu()
+            for name, tensor in self._engine.weights(dtype)
+        }
+
+    def _from_rank_0(self, work: Callable[[], Any], read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of rank 0's JSON-able answer; all ranks return it, or raise what it raises."""
+        mine = collectives.together(lambda: work() if self._rank == 0 else None)
+        return read(json.loads(collectives.texts(json.dumps(mine))[0]))
+
+    def _put_model(self, key: str, tensors: dict[str, torch.Tensor]) -> tuple[ObjectRef, ...]:
+        source = Path(self._spec.model_folder)
+        with tempfile.TemporaryDirectory(prefix="steadyhelm-export-") as scratch:
+            model = self._load()
+            model.load_state_dict(tensors, strict=False)  # tied names are left out; named_parameters has all others
+            model.save_pretrained(scratch)
+            for file in sorted(source.iterdir()):
+                target = Path(scratch) / file.name
+                if file.is_file() and not target.exists() and not file.name.endswith(_WEIGHT_SUFFIXES):
+                    shutil.copyfile(file, target)
+            return put_folder(self._store, key, Path(scratch))
+
+
+def _switch_dropout_off(model: torch.nn.Module) -> None:
+    """Current, proximal and behaviour policy must be one function of the weights."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - nn.Module's attributes are typed as modules
+
+
+def _weights_record(found: dict[str, Any]) -> WeightsRecord:
+    base = found["base"]
+    return WeightsRecord(
+        version=PolicyVersion(**found["version"]),
+        objects=tuple(ObjectRef(**ref) for ref in found["objects"]),
+        checksum=found["checksum"],
+        base=None if base is None else PolicyVersion(**base),
+    )
