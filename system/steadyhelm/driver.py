@@ -21,7 +21,7 @@ from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.layout import RunLayout
-from steadyhelm.store.liveness import held
+from steadyhelm.store.liveness import sole_driver
 from steadyhelm.store.log import CommitLog
 from steadyhelm.telemetry import EvalDone, EventSink, IterationDone, Notice, RunStarted, metrics_log
 
@@ -81,7 +81,7 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     store = open_store(run_file.store.uri)
     layout = RunLayout(choose_run_id(run_file, store, options))
     _require_model(run_file)
-    with held(store, layout.run, take_over=options.take_over):
+    with sole_driver(store, layout.run, take_over=options.take_over):
         _settle_run_file(run_file, store, layout, options.accept_changes)
         log = CommitLog.read(store, layout.run)
         if log.finished() is not None:
@@ -149,6 +149,7 @@ class Driver:
         self._tell = tell
         self._metrics = metrics_log.MetricsLog(store.put, layout.metrics_prefix, log.attempt)
         self._signal: signal.Signals | None = None
+        self._loop: Loop | None = None
 
     async def drive(self) -> int:
         """Runs to the end or to a signal; returns the exit code."""
@@ -200,8 +201,6 @@ class Driver:
                 self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
                 async for report in self._loop.iterations():
                     await self._note(report, services)
-                    if self._signal is not None and report.served:
-                        self._loop.stop()
                 if self._signal is None:
                     await self._finish(services)
 
@@ -234,8 +233,7 @@ class Driver:
             self._tell(IterationDone(iteration=report.iteration, metrics=report.metrics, replayed=report.replayed))
         if report.served and self._signal is None:
             await self._evaluate(report.version, services)
-            if report.iteration % self._run.schedule.checkpoint_every == 0:
-                await asyncio.to_thread(self._metrics.flush)
+            await asyncio.to_thread(self._metrics.flush)  # before the loop may checkpoint this iteration
 
     async def _evaluate(self, version: PolicyVersion, services: Services) -> None:
         """Evaluates and commits the result: at the start, each ``eval_every`` iterations, and in full at the end."""
@@ -272,25 +270,24 @@ class Driver:
 
         await services.learner.export(self._layout.model)
         self._metrics.flush()
-        await asyncio.to_thread(self._log.finish, {"iterations": self._run.schedule.iterations})
         place = await asyncio.to_thread(write_report, self._store, self._layout.run)
+        await asyncio.to_thread(self._log.finish, {"iterations": self._run.schedule.iterations})
         self._tell(
             Notice(text=f"Finished. The model is {self._layout.model}, the report {place} in {self._store.uri}.")
         )
 
     @contextmanager
     def _signals(self, work: asyncio.Task[None]) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run behind the step in progress, with a checkpoint; a second one ends it at once."""
+        """SIGINT and SIGTERM end the run behind the step in progress, with a checkpoint; a second one at once."""
         loop = asyncio.get_running_loop()
 
         def on(number: signal.Signals) -> None:
-            started = getattr(self, "_loop", None)
-            if self._signal is not None or started is None:
-                self._signal = number
+            again = self._signal is not None
+            self._signal = number
+            if again or self._loop is None:
                 work.cancel()
                 return
-            self._signal = number
-            started.stop()
+            self._loop.stop()
             self._tell(
                 Notice(
                     text=f"{number.name}: stops behind the step in progress; once more stops at once.", level="warning"
@@ -325,7 +322,7 @@ async def _with_model(place: Any, tell: EventSink) -> Any:
     from steadyhelm.runtime import build, calls
 
     if place.run.model.path:
-        return replace(place, model=str(Path(place.run.model.path).absolute()))
+        return replace(place, model=_absolute(place.run.model.path))
     runtime = place.run.runtime
     refs = await calls.answer(
         build.in_a_process(build.model, place),
@@ -335,6 +332,10 @@ async def _with_model(place: Any, tell: EventSink) -> Any:
         tell=tell,
     )
     return replace(place, model_refs=refs)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def _settle_run_file(run_file: RunFile, store: ObjectStore, layout: RunLayout, accept_changes: bool) -> None:

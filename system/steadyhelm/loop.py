@@ -128,6 +128,7 @@ class Loop:
             yield IterationReport(iteration=manifest.iteration, version=version, replayed=True, metrics=metrics)
         version, _, _ = await self._serve(version.iteration)
         yield IterationReport(iteration=version.iteration, version=version, served=True)
+        await self._checkpoint(version.iteration)
 
     async def _advance(self, batches: BatchMaker) -> AsyncIterator[IterationReport]:
         """Makes, commits, steps and serves one batch after the other."""
@@ -135,7 +136,7 @@ class Loop:
             started = time.monotonic()
             batch = await batches.take(iteration, unless=self._stop)
             if batch is None:
-                await self._checkpoint(iteration - 1)
+                await self._save(iteration - 1)
                 return
             await asyncio.to_thread(self._log.commit_batch, batch.manifest)
             learned = await self._services.learner.step(batch.manifest)
@@ -143,9 +144,10 @@ class Loop:
             spans = (*batch.spans, *learned.spans, *spans)
             metrics = self._metrics(started, spans, batch.manifest.metrics, learned.metrics, metrics)
             yield IterationReport(iteration=iteration, version=version, served=True, metrics=metrics)
+            await self._checkpoint(iteration)
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
-        """Publishes the learner's weights, puts them into every engine, and checkpoints where that is due."""
+        """Publishes the learner's weights and puts them into every engine."""
         version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
         spans: tuple[Span, ...] = ()
         metrics: dict[str, float] = {}
@@ -158,12 +160,14 @@ class Loop:
             version = published.value.version
             spans = (*published.spans, *applied.spans)
             metrics = {**published.metrics, **applied.metrics}
-        last = iteration == self._run.schedule.iterations
-        if last or (iteration and iteration % self._run.schedule.checkpoint_every == 0):
-            await self._checkpoint(iteration)
         return version, spans, metrics
 
     async def _checkpoint(self, iteration: int) -> None:
+        """Saves where that is due: behind the report, so that whoever writes reports down has done so before."""
+        if iteration == self._run.schedule.iterations or iteration % self._run.schedule.checkpoint_every == 0:
+            await self._save(iteration)
+
+    async def _save(self, iteration: int) -> None:
         """Saves and commits the learner's state after ``iteration``, unless the log has it."""
         last = self._log.checkpoint()
         if iteration == 0 or (last is not None and last.version.iteration >= iteration):

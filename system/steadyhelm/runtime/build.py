@@ -123,6 +123,15 @@ def reference(place: RunPlace) -> Any:
     )
 
 
+def learner(place: RunPlace, rank: int, world_size: int) -> Any:
+    """One rank of the learner, inside an initialised process group."""
+    from steadyhelm.services.learner import LearnerRank, LearnerSpec
+
+    _threads(place.run)
+    spec = LearnerSpec(run=place.run, model_folder=place.folder(), store_uri=place.store_uri)
+    return LearnerRank(spec, rank, world_size)
+
+
 def _device(run: RunFile) -> str:
     return "cuda" if run.runtime.gpus_per_engine else "cpu"
 

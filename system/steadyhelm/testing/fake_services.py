@@ -1,0 +1,174 @@
+"""Services without models: exact arithmetic that shows which batches a policy was trained on, and in which order.
+
+The fake policy's weights are one number and the list of the prompt ids that were applied to it. What a rollout
+"samples" depends on the prompt's seed and on that number, so any difference in history shows in everything after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import xxhash
+
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import (
+    BatchManifest,
+    CheckpointRecord,
+    ObjectRef,
+    PolicyVersion,
+    Prompt,
+    PromptId,
+    ShardRecord,
+    WeightsRecord,
+)
+from steadyhelm.errors import LearnerLostError, RetryableError
+from steadyhelm.services import Served, ShardOrder
+from steadyhelm.store import ObjectStore
+
+
+@dataclass(kw_only=True)
+class FakePrompts:
+    """A PromptSource over ``"0:<n>"``, endless."""
+
+    run: RunFile
+
+    async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
+        """The next ``prompts_per_iteration`` ids."""
+        count = self.run.schedule.prompts_per_iteration
+        start = (iteration - 1) * count
+        return Served(value=tuple(self._prompt(f"0:{n}") for n in range(start, start + count)))
+
+    async def replacement(self, prompt_id: PromptId) -> Served[Prompt]:
+        """The id with its retry counted up."""
+        stem, _, retry = prompt_id.partition("r")
+        return Served(value=self._prompt(f"{stem}r{int(retry or 0) + 1}"))
+
+    async def held_out(self, limit: int) -> Served[tuple[Prompt, ...]]:
+        """No pairs."""
+        return Served(value=())
+
+    def _prompt(self, name: str) -> Prompt:
+        seed = xxhash.xxh3_64_intdigest(f"{self.run.seed}/{name}".encode()) >> 1
+        return Prompt(prompt_id=PromptId(name), group_id=name, text=name, images=(), label=1, swapped=False, seed=seed)
+
+
+@dataclass(kw_only=True)
+class FakeRollout:
+    """A Rollout whose completions are numbers; ``slow_s`` seconds per shard."""
+
+    store: ObjectStore
+    slow_s: float = 0.0
+    weights: WeightsRecord | None = None
+    number: float = 0.0
+
+    async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+        """Puts one number per prompt. Raises RetryableError below ``min_version``."""
+        if self.weights is None or self.weights.version.iteration < order.min_version:
+            raise RetryableError(f"the fake engine has {self.weights}, the order wants {order.min_version}")
+        await asyncio.sleep(self.slow_s)
+        version = self.weights.version.iteration
+        sampled = {p.prompt_id: (p.seed % 1000) / 1000 + self.number for p in order.prompts}
+        ref = self.store.put(order.key, json.dumps(sampled).encode())
+        record = ShardRecord(
+            shard=order.shard,
+            rollout=ref,
+            prompt_ids=tuple(p.prompt_id for p in order.prompts),
+            num_tokens=len(order.prompts),
+            min_version=version,
+            max_version=version,
+        )
+        metrics = {"rollout/tokens": float(len(sampled)), "rollout/length_mean": sum(sampled.values()) / len(sampled)}
+        return Served(value=record, metrics=metrics)
+
+    async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
+        """Reads and serves the number."""
+        self.number = json.loads(bytes(self.store.read(weights.objects[0])))["number"]
+        self.weights = weights
+        return Served(value=None)
+
+
+@dataclass(kw_only=True)
+class FakeReward:
+    """A Reward that cannot score the ids in ``unscorable``."""
+
+    store: ObjectStore
+    unscorable: set[str] = field(default_factory=set)
+
+    async def score(self, shard: ShardRecord) -> Served[tuple[ObjectRef, tuple[bool, ...]]]:
+        """Puts each prompt's number as its reward."""
+        sampled = json.loads(bytes(self.store.read(shard.rollout)))
+        valid = tuple(pid not in self.unscorable for pid in shard.prompt_ids)
+        key = shard.rollout.key.removesuffix("rollout") + "reward"
+        return Served(value=(self.store.put(key, json.dumps(sampled).encode()), valid))
+
+
+@dataclass(kw_only=True)
+class FakeLearner:
+    """A Learner on one number; ``lose_at`` are steps (counted from 1) in which it loses a rank, once each."""
+
+    store: ObjectStore
+    number: float = 0.0
+    applied: list[str] = field(default_factory=list)
+    steps: int = 0
+    lose_at: set[int] = field(default_factory=set)
+    lost: bool = False
+
+    async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
+        """Takes number and history of the checkpoint."""
+        self.lost = False
+        self.number, self.applied = 0.0, []
+        if checkpoint is not None:
+            self._load(self.store.read(checkpoint.objects[0]))
+        return Served(value=None)
+
+    async def step(self, manifest: BatchManifest) -> Served[None]:
+        """Moves the number by the mean of the valid samples. Raises LearnerLostError."""
+        self._require_alive()
+        self.steps += 1
+        if self.steps in self.lose_at:
+            self.lost = True
+            raise LearnerLostError("A fake rank was lost.")
+        samples: list[tuple[str, float]] = []
+        for shard in manifest.shards:
+            assert shard.reward is not None
+            rewards = json.loads(bytes(self.store.read(shard.reward)))
+            samples += [(p, rewards[p]) for p, ok in zip(shard.prompt_ids, shard.valid, strict=True) if ok]
+        gain = sum(value for _, value in samples) / len(samples)
+        self.number = self.number * 0.75 + gain / 8
+        self.applied += [pid for pid, _ in samples]
+        return Served(value=None, metrics={"learner/loss": -gain})
+
+    async def publish(
+        self, version: PolicyVersion, key: str, known: WeightsRecord | None = None
+    ) -> Served[WeightsRecord]:
+        """Puts number and history."""
+        self._require_alive()
+        data = self._bytes()
+        checksum = xxhash.xxh3_128_hexdigest(data)
+        if known is not None and known.checksum == checksum:
+            return Served(value=known)
+        ref = self.store.put(f"{key}/weights", data)
+        return Served(value=WeightsRecord(version=version, objects=(ref,), checksum=checksum))
+
+    async def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:
+        """Puts number and history."""
+        self._require_alive()
+        return Served(value=CheckpointRecord(version=version, objects=(self.store.put(f"{key}/state", self._bytes()),)))
+
+    async def export(self, key: str) -> Served[tuple[ObjectRef, ...]]:
+        """Puts number and history."""
+        return Served(value=(self.store.put(f"{key}/model", self._bytes()),))
+
+    def _require_alive(self) -> None:
+        if self.lost:
+            raise LearnerLostError("A fake rank is lost and nothing was restored.")
+
+    def _bytes(self) -> bytes:
+        return json.dumps({"number": self.number, "applied": self.applied}).encode()
+
+    def _load(self, data: Iterable[int]) -> None:
+        state = json.loads(bytes(data))
+        self.number, self.applied = state["number"], list(state["applied"])

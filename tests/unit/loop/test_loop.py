@@ -1,0 +1,246 @@
+import asyncio
+from dataclasses import replace
+
+import pytest
+from steadyhelm.config import RunFile
+from steadyhelm.data.types import ShardRecord
+from steadyhelm.errors import LearnerLostError, UnscoredError
+from steadyhelm.loop import IterationReport, Loop, Services
+from steadyhelm.services import Served, ShardOrder
+from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.log import CommitLog
+from steadyhelm.telemetry import metrics as names
+from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeReward, FakeRollout
+from steadyhelm.testing.memory_store import InjectedCrash, MemoryStore
+
+RUN = RunFile.model_validate(
+    {
+        "name": "fake",
+        "model": {"path": "unused"},
+        "data": {"train": "unused.py:pairs"},
+        "rollout": {"engine": {"type": "transformers", "batch": 3}},
+        "learner": {"train_batch": 4, "max_restarts": 2},
+        "schedule": {"iterations": 5, "prompts_per_iteration": 8, "checkpoint_every": 2},
+    }
+)
+AHEAD = RunFile.model_validate(
+    RUN.model_dump()
+    | {
+        "schedule": {**RUN.schedule.model_dump(), "max_staleness": 2},
+        "algorithm": {"type": "stable_reinforce", "correction": {"mode": "token"}},
+    }
+)
+EVERY_ID = [f"0:{n}" for n in range(40)]
+
+
+def make(store: MemoryStore, run: RunFile = RUN, **services: object) -> tuple[Loop, Services, list[str]]:
+    """A driver's attempt: fresh services over what ``store`` holds."""
+    told: list[str] = []
+    parts = {
+        "prompts": FakePrompts(run=run),
+        "rollout": FakeRollout(store=store),
+        "learner": FakeLearner(store=store),
+        "reward": FakeReward(store=store),
+    } | services
+    log = CommitLog.take_over(store, run.name, "test")
+    made = Services(**parts)
+    return Loop(made, log, RunLayout(run.name), run, lambda event: told.append(str(event))), made, told
+
+
+async def drive(loop: Loop) -> list[IterationReport]:
+    return [report async for report in loop.iterations()]
+
+
+def exact(reports: list[IterationReport]) -> dict[int, dict[str, float]]:
+    """The metrics that do not depend on clocks; of an iteration that came twice, the last ones."""
+    return {r.iteration: names.exact(r.metrics) for r in reports if r.metrics}
+
+
+async def test_every_prompt_is_trained_once_and_in_order():
+    loop, services, _ = make(MemoryStore())
+    reports = await drive(loop)
+    assert [r.iteration for r in reports] == [0, 1, 2, 3, 4, 5]
+    assert services.learner.applied == EVERY_ID
+
+
+async def test_a_strictly_on_policy_batch_is_sampled_from_the_version_before_it():
+    loop, _, _ = make(MemoryStore())
+    reports = await drive(loop)
+    assert [r.metrics[names.STALENESS_MAX] for r in reports if r.metrics] == [0.0] * 5
+
+
+async def crash_points(run: RunFile) -> int:
+    store = MemoryStore()
+    await drive(make(store, run)[0])
+    return len(store.puts)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("run", [RUN, AHEAD], ids=["k=0", "k=2"])
+async def test_a_crash_on_either_side_of_any_put_loses_nothing_and_trains_nothing_twice(run, when):
+    points = await crash_points(run)
+    assert points > 40
+    undisturbed, services, _ = make(MemoryStore(), run)
+    expected = exact(await drive(undisturbed))
+    final = services.learner.number
+    for point in range(1, points + 1):
+        store = MemoryStore()
+        store.fail("*", nth=point, when=when)
+        seen: list[IterationReport] = []
+        try:
+            loop = make(store, run)[0]
+            async for report in loop.iterations():
+                seen.append(report)
+            crashed = False
+        except InjectedCrash:
+            crashed = True
+        assert crashed or point == points + 1, f"no crash at put {point}"
+        loop, services, _ = make(store.copy(), run)
+        seen += await drive(loop)
+        assert services.learner.applied == EVERY_ID, f"crash {when} put {point} of {store.puts[-1:]}"
+        if run is RUN:  # rollouts that ran ahead may be sampled from another version the second time
+            assert exact(seen) == expected, f"crash {when} put {point}"
+            assert services.learner.number == final
+
+
+async def test_a_resumed_run_makes_no_committed_batch_again():
+    store = MemoryStore()
+    loop, _, _ = make(store)
+    async for report in loop.iterations():
+        if report.iteration == 3:
+            break
+    again = store.copy()
+    loop, services, _ = make(again)
+    await drive(loop)
+    made = [key for key in again.puts if key.endswith(".rollout")]
+    assert {key.split("/")[2] for key in made} == {"000004", "000005"}
+    assert services.learner.applied == EVERY_ID
+
+
+async def test_a_finished_loop_has_nothing_left_to_do():
+    store = MemoryStore()
+    await drive(make(store)[0])
+    reports = await drive(make(store)[0])
+    assert [(r.iteration, r.served, dict(r.metrics)) for r in reports] == [(5, True, {})]
+
+
+async def test_a_lost_learner_goes_on_from_the_checkpoint_without_new_rollouts():
+    store = MemoryStore()
+    loop, services, told = make(store, learner=FakeLearner(store=store, lose_at={4}))
+    reports = await drive(loop)
+    assert services.learner.applied == EVERY_ID
+    assert [r.iteration for r in reports if r.replayed] == [3, 4]
+    assert any("checkpoint" in line for line in told)
+    undisturbed, _, _ = make(MemoryStore())
+    assert exact(reports) == exact(await drive(undisturbed))
+
+
+async def test_a_learner_that_is_lost_too_often_ends_the_run():
+    store = MemoryStore()
+    loop, _, _ = make(store, learner=FakeLearner(store=store, lose_at={2, 4, 6}))
+    with pytest.raises(LearnerLostError):
+        await drive(loop)
+
+
+async def test_rollouts_run_ahead_by_max_staleness_versions_and_no_further():
+    store = MemoryStore()
+    loop, services, _ = make(store, AHEAD)
+    reports = await drive(loop)
+    assert [r.metrics[names.STALENESS_MAX] for r in reports if r.metrics] == [0.0, 1.0, 2.0, 2.0, 2.0]
+    assert services.learner.applied == EVERY_ID
+
+
+async def test_unscored_samples_stay_out_of_training_but_have_a_record():
+    store = MemoryStore()
+    reward = FakeReward(store=store, unscorable={"0:3", "0:12"})
+    loop, services, _ = make(store, reward=reward)
+    await drive(loop)
+    assert services.learner.applied == [pid for pid in EVERY_ID if pid not in {"0:3", "0:12"}]
+    outcomes = {k: v for m in CommitLog.read(store, "fake").batches() for k, v in m.outcomes.items()}
+    assert list(outcomes) and outcomes["0:3"] == "unscored:neutral" and outcomes["0:4"] == "trained"
+    assert len(outcomes) == 40
+
+
+def with_policy(policy: str) -> RunFile:
+    return RUN.model_copy(update={"reward": RUN.reward.model_copy(update={"on_unscored": policy})})
+
+
+async def test_resampled_prompts_are_replaced_by_another_sample():
+    store = MemoryStore()
+    reward = FakeReward(store=store, unscorable={"0:3", "0:12", "0:12r1"})
+    loop, services, _ = make(store, with_policy("resample"), reward=reward)
+    await drive(loop)
+    assert "0:3r1" in services.learner.applied and "0:12r2" in services.learner.applied
+    assert len(services.learner.applied) == len(set(services.learner.applied)) == 40
+    outcomes = {k: v for m in CommitLog.read(store, "fake").batches() for k, v in m.outcomes.items()}
+    assert outcomes["0:12"] == "replaced:0:12r1"
+    assert outcomes["0:12r1"] == "replaced:0:12r2"
+    assert outcomes["0:12r2"] == "trained"
+
+
+async def test_a_prompt_that_can_never_be_scored_ends_as_unscored():
+    store = MemoryStore()
+    reward = FakeReward(store=store, unscorable={"0:3", "0:3r1", "0:3r2", "0:3r3"})
+    loop, services, _ = make(store, with_policy("resample"), reward=reward)
+    await drive(loop)
+    assert len(services.learner.applied) == 39
+    outcomes = CommitLog.read(store, "fake").batches()[0].outcomes
+    assert outcomes["0:3r3"] == "unscored:resample"
+
+
+async def test_stop_ends_the_run_at_the_first_unscored_sample_with_nothing_committed():
+    store = MemoryStore()
+    loop, services, _ = make(store, with_policy("stop"), reward=FakeReward(store=store, unscorable={"0:9"}))
+    with pytest.raises(UnscoredError, match="0:9"):
+        await drive(loop)
+    assert CommitLog.read(store, "fake").last_iteration == 1
+    assert services.learner.applied == EVERY_ID[:8]
+
+
+async def test_an_iteration_without_a_single_score_ends_the_run():
+    store = MemoryStore()
+    loop, _, _ = make(store, reward=FakeReward(store=store, unscorable=set(EVERY_ID[:8])))
+    with pytest.raises(UnscoredError, match="none of 8"):
+        await drive(loop)
+
+
+async def test_stop_checkpoints_behind_the_step_in_progress():
+    store = MemoryStore()
+    loop, _, _ = make(store, rollout=FakeRollout(store=store, slow_s=0.05))
+    async for report in loop.iterations():
+        if report.iteration == 3:
+            loop.stop()
+    log = CommitLog.read(store, "fake")
+    assert log.last_iteration == 3
+    assert log.checkpoint().version.iteration == 3
+    loop, services, _ = make(store)
+    reports = await drive(loop)
+    assert not any(r.replayed for r in reports)
+    assert services.learner.applied == EVERY_ID
+
+
+async def test_a_prompt_that_a_shard_leaves_out_is_recorded_as_dropped():
+    class Dropping(FakeRollout):
+        async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+            kept = tuple(p for p in order.prompts if p.prompt_id != "0:5")
+            return await super().rollout(replace(order, prompts=kept))
+
+    store = MemoryStore()
+    loop, services, _ = make(store, rollout=Dropping(store=store))
+    await drive(loop)
+    assert "0:5" not in services.learner.applied
+    assert CommitLog.read(store, "fake").batches()[0].outcomes["0:5"] == "dropped:overlong"
+
+
+async def test_a_failing_shard_cancels_the_others_and_raises_its_own_error():
+    class Failing(FakeRollout):
+        async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+            if order.shard == 1:
+                raise UnscoredError("shard 1 is broken")
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    store = MemoryStore()
+    loop, _, _ = make(store, rollout=Failing(store=store))
+    with pytest.raises(UnscoredError, match="shard 1"):
+        await asyncio.wait_for(drive(loop), 5)
