@@ -175,6 +175,16 @@ def test_the_correction_weighs_the_loss_outside_the_clip_and_pre_clip_does_not_s
     assert parts.sums["gap"].item() == pytest.approx(20.405465, abs=1e-5)
 
 
+def test_the_rewards_bound_and_the_upper_clip_come_from_the_run_file():
+    mask, valid = torch.ones(2, 1, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    objective = ReinforcePP(reward_clip=3.0, clip=0.1, clip_high=0.3)
+    made = composed.advantages(objective, torch.tensor([50.0, -4.0]), None, torch.arange(2), mask, valid)
+    assert made.raw.flatten().tolist() == [3.0, -3.0]
+    current, zeros = torch.tensor([[math.log(1.25)], [math.log(0.5)]]), torch.zeros(2, 1)
+    parts = composed.policy_loss(objective, current, zeros, zeros, None, made.values, mask, valid, 1.0)
+    assert parts.loss.item() == pytest.approx(-1.25 + 0.9, abs=1e-6)
+
+
 def test_grpos_divergence_is_in_the_loss_and_pulls_towards_the_reference():
     mask, valid, zeros = torch.ones(1, 1, dtype=torch.bool), torch.tensor([True]), torch.zeros(1, 1)
     current = torch.tensor([[-1.0]], requires_grad=True)
@@ -266,9 +276,10 @@ def test_ranks_with_unequal_shares_get_the_advantages_of_one_rank(on_ranks, name
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_unscored_sequences_hold_changes_neither_loss_nor_gradient(name):
-    objective, batch = OBJECTIVES[name], case(seed=3)
+    objective, batch = OBJECTIVES[name], case(seed=4)
+    batch.valid[[2, 5]] = False
     expected, gradient, _ = whole(objective, batch)
-    assert not batch.valid.all()
+    assert batch.mask[2].any()
     spoiled = {
         field: torch.where(batch.valid[:, None], getattr(batch, field), NAN)
         for field in ("current", "proximal", "behaviour", "reference")
