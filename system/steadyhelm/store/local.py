@@ -48,7 +48,7 @@ _REMEDIES = {
     errno.EACCES: "permission is denied: let this user write there or point store.uri elsewhere",
     errno.EPERM: "the operation is not permitted (hard links are needed): point store.uri to another file system",
     errno.EOPNOTSUPP: "the file system has no hard links: point store.uri to another file system",
-    errno.ENOTDIR: "a part of the key is an object, not a folder: choose another key",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another key or store.uri",
     errno.EISDIR: "the key is a folder of other objects: choose another key",
     errno.ENAMETOOLONG: "the path is too long: choose a shorter store.uri",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
@@ -64,7 +64,7 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self._staging = self.root / STAGING
-        self._writer = f"{socket.gethostname()}-{os.getpid()}"
+        self._host = socket.gethostname()
         self._clean()
 
     @property
@@ -176,7 +176,7 @@ class LocalStore:
 
     def _stage(self, views: Sequence[memoryview], *, durable: bool) -> Path:
         """Writes the bytes to a file that no other writer, thread or machine uses."""
-        staged = self._staging / f"{self._writer}-{next(_serial)}-{time.time_ns():x}"
+        staged = self._staging / f"{self._host}-{os.getpid()}-{next(_serial)}-{time.time_ns():x}"
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         try:
             descriptor = os.open(staged, flags, 0o644)
