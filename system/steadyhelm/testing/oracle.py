@@ -96,7 +96,6 @@ class Oracle:
         self.model = model
         self.run = run
         self.logprobs = logprobs
-        self.steps = 0
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -140,7 +139,7 @@ class Oracle:
                 members = [int(i) for i in chosen if valid[int(i)]]
                 if members:
                     loss = self._loss(batch, members)
-                    norm, rate = self._step(loss)
+                    norm, rate = self._step(loss, (iteration - 1) * self.run.steps_per_iteration + len(losses))
                     losses.append(loss.item())
                     norms.append(norm)
                     rates.append(rate)
@@ -171,14 +170,18 @@ class Oracle:
             return _total([part.sum() / self.run.rollout.max_new_tokens for part in per_sequence]) / len(members)
         return _total([part.mean() for part in per_sequence if len(part)]) / len(members)
 
-    def _step(self, loss: Tensor) -> tuple[float, float]:
-        """Backward, norm, clip, update; returns the norm and the learning rate."""
+    def _step(self, loss: Tensor, place: int) -> tuple[float, float]:
+        """Backward, norm, clip, update; returns the norm and the learning rate.
+
+        ``place`` counts the run's optimiser steps from 0; iterations whose mini-batches were not all stepped (nothing
+        valid in one) leave gaps.
+        """
         learner = self.run.learner
         total = self.run.schedule.iterations * self.run.steps_per_iteration
-        if self.steps < learner.warmup_steps:
-            rate = learner.lr * (self.steps + 1) / learner.warmup_steps
+        if place < learner.warmup_steps:
+            rate = learner.lr * (place + 1) / learner.warmup_steps
         else:
-            progress = (self.steps - learner.warmup_steps) / max(1, total - learner.warmup_steps)
+            progress = (place - learner.warmup_steps) / max(1, total - learner.warmup_steps)
             lowest = learner.min_lr_ratio * learner.lr
             share = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
             rate = lowest + (learner.lr - lowest) * share[learner.schedule]
@@ -187,7 +190,6 @@ class Oracle:
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, learner.max_norm))
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        self.steps += 1
         return norm, rate
 
 
