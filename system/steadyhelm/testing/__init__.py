@@ -1,1 +1,1 @@
-"""TODO."""
+"""Public fakes and the one-process oracle for tests."""
