@@ -133,7 +133,9 @@ class Oracle:
             raw = _raw_advantages(algorithm, batch, [float(total) for total in rewards.total])
             mean, std = _moments(algorithm, raw, valid)
             batch.advantages, low, high = _final_advantages(algorithm, raw, valid, mean, std)
-        losses, norms, rates = [], [], []
+        losses: list[float] = []
+        norms: list[float] = []
+        rates: list[float] = []
         for epoch in range(1 if isinstance(algorithm, Sft) else algorithm.epochs):
             for chosen in minibatches(count, self.run.learner.train_batch, self.run.seed, iteration, epoch):
                 members = [int(i) for i in chosen if valid[int(i)]]
