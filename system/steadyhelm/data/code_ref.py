@@ -86,7 +86,7 @@ def _errors_named(base: Path, ref: str, what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         folder = (base / ref.rpartition(":")[0]).resolve().parent
-        raise ConfigError(f"{ref}: {what} failed at {failed_at(error, folder)}; fix the file") from error
+        raise ConfigError(f"{ref}: {what} failed{failed_at(error, folder)}; fix the file") from error
 
 
 def wrong_result(ref: str, expected: str, got: object) -> ConfigError:
@@ -99,19 +99,18 @@ def wrong_result(ref: str, expected: str, got: object) -> ConfigError:
 
 
 def failed_at(error: BaseException, folder: Path) -> str:
-    """Where in the task's own code ``error`` arose: ``digits.py line 3: ImportError: ...``.
+    """Where in the task's own code ``error`` arose, to stand behind "failed": `` at digits.py line 3: KeyError: 'k'``.
 
-    The innermost frame of a file inside ``folder`` counts; without one, the innermost frame of all.
+    The innermost frame of a file inside ``folder`` counts; without one (a call that does not fit) only the error is
+    told: ``: TypeError: ...``.
     """
-    what = f"{type(error).__name__}: {error}"
+    folder = folder.resolve()
+    what = f": {type(error).__name__}: {error}"
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_relative_to(folder):
-        return f"{Path(error.filename).name} line {error.lineno}: {type(error).__name__}: {error.msg}"
+        return f" at {Path(error.filename).name} line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(folder)]
-    if not frames:
-        return what
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name} line {frame.lineno}: {what}"
+    return f" at {Path(own[-1].filename).name} line {own[-1].lineno}{what}" if own else what
 
 
 def _module(path: Path, ref: str) -> ModuleType:
@@ -141,7 +140,7 @@ def _module(path: Path, ref: str) -> ModuleType:
         if isinstance(error, SteadyhelmError):
             raise
         raise ConfigError(
-            f"{ref}: importing it failed at {failed_at(error, path.parent)}; fix the file, or install what it needs"
+            f"{ref}: importing it failed{failed_at(error, path.parent)}; fix the file, or install what it needs"
         ) from error
     return module
 

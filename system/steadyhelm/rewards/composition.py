@@ -10,22 +10,15 @@ from numpy.typing import NDArray
 from steadyhelm.config.reward import CustomTerm, Reward, Term
 from steadyhelm.errors import ConfigError
 
-RESERVED = ("mean", "std", "valid_rate")
-"""Component names that would collide with metrics of the whole reward."""
-
 
 def component_name(term: Term) -> str:
     """The name of a term's component in metrics, reports and ``Rewards.components``."""
     return term.name if isinstance(term, CustomTerm) else term.type
 
 
-def check_terms(config: Reward) -> None:
-    """Raises ConfigError for terms of one name, a reserved name, or a combination in which a term has no effect."""
+def check_combination(config: Reward) -> None:
+    """Raises ConfigError for a combination in which a term would have no effect."""
     names = [component_name(term) for term in config.terms]
-    for number, (term, name) in enumerate(zip(config.terms, names, strict=True)):
-        taken = isinstance(term, CustomTerm) and name in (*RESERVED, "format", "choice", "consistency")
-        if taken or name in names[:number]:
-            raise ConfigError(f"reward.terms[{number}]: the name {name!r} is taken; give each term its own")
     if config.combine == "r1_reward" and "consistency" in names and "choice" not in names:
         raise ConfigError(
             "reward.combine is 'r1_reward', which multiplies consistency by choice, but reward.terms has no choice "

@@ -37,7 +37,7 @@ def load_term(base: Path, term: CustomTerm) -> RewardTerm:
             found = found()
         except Exception as error:
             raise ConfigError(
-                f"{term.code}: making a {found.__name__} without arguments failed at {failed_at(error, base)}"
+                f"{term.code}: making a {found.__name__} without arguments failed{failed_at(error, base)}"
             ) from error
     score = getattr(found, "score", None)
     if callable(score):
@@ -69,4 +69,4 @@ def score_unit(term: RewardTerm, unit: Sequence[Sample], folder: Path) -> list[S
             raise ValueError(f"score returned {len(values)} values for {len(unit)} samples")
         return [Score.checked(value) for value in values]
     except BaseException as error:  # one of the two broad catches: a sample's scoring fails, not the run
-        return [Score(value=None, error=f"it raised at {failed_at(error, folder)}")] * len(unit)
+        return [Score(value=None, error=f"it failed{failed_at(error, folder)}")] * len(unit)

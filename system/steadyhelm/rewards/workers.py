@@ -7,6 +7,7 @@ replaced and the rest is scored. The built-in terms need no process: they are li
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -14,13 +15,14 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import InvalidStateError
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from steadyhelm.config.reward import CustomTerm
-from steadyhelm.errors import SteadyhelmError
+from steadyhelm.errors import RetryableError, SteadyhelmError
 from steadyhelm.rewards.custom import load_term, score_unit
 from steadyhelm.rewards.interface import RewardTerm, Sample, Score
 
@@ -43,20 +45,23 @@ class TermProcesses:
         self, terms: Sequence[CustomTerm], base: Path, *, num_processes: int, sample_deadline_s: float
     ) -> None:
         self._terms = tuple(terms)
-        self._base = base
+        self._base = base.resolve()
         self._num_processes = num_processes
         self._sample_deadline_s = sample_deadline_s
         self._closed = False
         self._crew = self._start()
 
     async def run(self, name: str, unit: Sequence[Sample]) -> list[Score]:
-        """The scores of the term ``name`` for the unit's samples, in order; a failure is their error, never raised."""
+        """The scores of the term ``name`` for the unit's samples, in order; a failure of the term is their error.
+
+        Raises RetryableError where the processes are closed meanwhile: that says nothing about the samples.
+        """
         deadline_s = self._sample_deadline_s * len(unit)
         why = ""
         for _ in range(2):
             crew = self._crew
             try:
-                future = crew.pool.schedule(_score, args=(name, tuple(unit)), timeout=deadline_s)
+                future = crew.schedule(name, tuple(unit), deadline_s)
                 return list(await asyncio.wrap_future(future))
             except TimeoutError:
                 why = f"it took longer than its deadline of {deadline_s:g} s, or its process ended without a word"
@@ -68,14 +73,14 @@ class TermProcesses:
                 # The pool gives up where an idle process dies; that is nobody's sample, so the call gets a new pool.
                 why = f"the scoring processes broke: {error}"
                 if self._closed:
-                    break
+                    raise RetryableError(f"reward term {name!r} was being scored when its service closed") from error
                 if crew is self._crew:
                     self._crew = self._start()
                     crew.end()
         return [Score(value=None, error=why)] * len(unit)
 
     def close(self) -> None:
-        """Ends the processes; calls in flight come back unscored."""
+        """Ends the processes; calls in flight raise RetryableError."""
         self._closed = True
         self._crew.end()
 
@@ -100,9 +105,17 @@ class _Crew:
         self.pool = pool
         self._started = threading.Event()
         self._ended = threading.Event()
+        self._calls: set[ProcessFuture] = set()
         self._thread = threading.Thread(target=self._keep, name="reward-processes", daemon=True)
         self._thread.start()
         self._started.wait()
+
+    def schedule(self, name: str, unit: tuple[Sample, ...], deadline_s: float) -> ProcessFuture:
+        """A call in a process, whose deadline runs from the moment that a process takes it."""
+        future = self.pool.schedule(_score, args=(name, unit), timeout=deadline_s)
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
 
     def end(self) -> None:
         """Ends the pool's processes and waits for them."""
@@ -117,6 +130,9 @@ class _Crew:
         self._ended.wait()
         self.pool.stop()
         self.pool.join()
+        for future in tuple(self._calls):  # a stopped pool leaves its callers waiting
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(BrokenProcessPool("the processes have ended"))
 
 
 def _prepare(terms: tuple[CustomTerm, ...], base: Path, parent: int) -> None:
