@@ -161,7 +161,7 @@ class LocalStore:
         with self._reported("delete", key):
             try:
                 path.unlink()
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return
         for folder in path.parents:
             if folder == self.root:
