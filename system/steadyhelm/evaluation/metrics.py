@@ -73,7 +73,7 @@ class EvalResult:
     rule: str = RULE
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain lists, mappings, numbers and strings."""
+        """The result as mappings, sequences, numbers and strings, ready for ``json.dumps``."""
         return asdict(self)
 
     @property
