@@ -97,7 +97,7 @@ def draw(chart: Chart) -> str:
         f'<figure class="chart" data-lines="{escape(json.dumps(data))}" data-frame="{escape(json.dumps(frame))}">'
         f"<figcaption><h3>{escape(chart.title)}</h3>{subtitle}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{body}'
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
         f'<ul class="legend">{legend}</ul><output></output></figure>'
     )
 

@@ -46,7 +46,6 @@ def gather(store: ObjectStore, run: str) -> ReportData:
         config=record["run"],
         versions={"steadyhelm": str(record["steadyhelm"])},
         attempts=log.attempt,
-        finished=log.finished() is not None,
         metrics=tuple(read_metrics(store, run)),
         evaluations=tuple(
             Evaluation(iteration=iteration, metrics=evaluations[iteration]["metrics"])

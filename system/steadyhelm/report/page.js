@@ -13,13 +13,13 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     cursor.setAttribute("x2", px);
     const rows = lines.map((line) => [line.name, line.points.find((point) => point[0] === x)]).filter((row) => row[1]);
     box.textContent = ["iteration " + x, ...rows.map(([name, point]) => name + "  " + shown(point[1]))].join("\n");
+    cursor.style.visibility = "visible";
     box.style.display = "block";
     const left = px * scale + 26;
     box.style.left = (left + box.offsetWidth > figure.clientWidth ? px * scale - box.offsetWidth - 4 : left) + "px";
   });
   svg.addEventListener("pointerleave", () => {
-    cursor.setAttribute("x1", -9);
-    cursor.setAttribute("x2", -9);
+    cursor.style.visibility = "hidden";
     box.style.display = "none";
   });
 }

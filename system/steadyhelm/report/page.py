@@ -74,7 +74,7 @@ def _header(data: ReportData) -> str:
     planned = config.get("schedule", {}).get("iterations", done)
     facts = [
         f"{config.get('algorithm', {}).get('type', '')}",
-        f"{done} of {planned} iterations" + ("" if data.finished else ", not finished"),
+        f"{done} of {planned} iterations" + (", not finished" if done < planned else ""),
         f"seed {config.get('seed', 0)}",
         *([f"{data.attempts} attempts"] if data.attempts > 1 else []),
         *(f"{name} {version}" for name, version in sorted(data.versions.items())),
@@ -149,10 +149,10 @@ def charts(data: ReportData) -> list[Chart]:
               subtitle="|log-prob gap|, nats", zero=True),
         chart("Loss", names.LOSS),
         chart("Gradient norm", names.GRAD_NORM, zero=True),
-        chart("Truncated and unscored", names.TRUNCATED_RATE, names.REWARD_VALID_RATE, subtitle="share of samples",
-              percent=True, zero=True),
+        Chart(title="Truncated and unscored", series=(_series(data, names.TRUNCATED_RATE), _unscored(data)),
+              subtitle="share of samples", percent=True, zero=True),
         chart("Seconds per phase", names.ITERATION_SECONDS, *longest, subtitle="of an iteration", zero=True),
-        chart("Overhead", names.OVERHEAD_SHARE, subtitle="share of the iteration in which nothing computes",
+        chart("Overhead", names.OVERHEAD_SHARE, subtitle="time in which nothing computes",
               percent=True, zero=True),
         chart("Tokens per second", names.ROLLOUT_TOKENS_PER_S, names.LEARNER_TOKENS_PER_S, zero=True),
     ]  # fmt: skip
@@ -165,6 +165,11 @@ def _series(data: ReportData, name: str) -> Series:
     if group in ("rollout", "learner") and name.endswith("_per_s"):
         shown = group
     return Series(name=shown or rest.replace("_", " ").replace(".", " · "), points=points)
+
+
+def _unscored(data: ReportData) -> Series:
+    valid = _series(data, names.REWARD_VALID_RATE).points
+    return Series(name="unscored", points=tuple((iteration, 1.0 - share) for iteration, share in valid))
 
 
 def _total(data: ReportData, name: str) -> float:

@@ -76,7 +76,6 @@ class ReportData:
     config: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
     attempts: int = 1
-    finished: bool = False
     metrics: tuple[MetricsLine, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     samples: tuple[Sample, ...] = ()
