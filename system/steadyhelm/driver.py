@@ -21,7 +21,7 @@ from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.layout import RunLayout
-from steadyhelm.store.liveness import sole_driver
+from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog
 from steadyhelm.telemetry import EvalDone, EventSink, IterationDone, Notice, RunStarted, metrics_log
 
@@ -81,7 +81,7 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     store = open_store(run_file.store.uri)
     layout = RunLayout(choose_run_id(run_file, store, options))
     _require_model(run_file)
-    with sole_driver(store, layout.run, take_over=options.take_over):
+    with held(store, layout.run, take_over=options.take_over):
         _settle_run_file(run_file, store, layout, options.accept_changes)
         log = CommitLog.read(store, layout.run)
         if log.finished() is not None:
@@ -124,7 +124,7 @@ async def _evaluate(run_file: RunFile, base: Path, store: ObjectStore, pairs: in
         finally:
             await prompts.pool.close()
             await rollout.pool.close()
-    return result.metrics()
+    return dict(result.metrics)
 
 
 class Driver:
@@ -254,7 +254,7 @@ class Driver:
             iteration=iteration,
             limit=0 if last else schedule.eval_pairs,
         )
-        metrics = result.metrics()
+        metrics = dict(result.metrics)
         await asyncio.to_thread(
             self._log.append, "eval", {"iteration": iteration, "attempt": self._log.attempt, "metrics": metrics}
         )

@@ -6,45 +6,51 @@ the constructor raises then reaches the driver as it is, instead of as a dead ac
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import ray
 from ray.actor import ActorHandle
 
 from steadyhelm.data.types import Prompt, PromptId, ShardRecord, WeightsRecord
-from steadyhelm.services import Served, ShardOrder
+from steadyhelm.errors import EngineLostError
+from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
+
+S = TypeVar("S")
+Factory = Callable[[], Any]
+"""Builds a service in the process that will run it; picklable, cheap to send."""
 
 
-class Factory(Protocol):
-    """Builds a service in the process that will run it; picklable, cheap to send."""
-
-    def __call__(self) -> Any:
-        """The service."""
-
-
-class _Host:
+class _Host(Generic[S]):
     """What every actor has: the service, built on ``start``."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[[], S]) -> None:
         self._factory = factory
-        self._service: Any = None
+        self._built: S | None = None
 
     async def start(self) -> int:
         """Builds the service, once; returns the process id."""
-        if self._service is None:
-            self._service = self._factory()
-            started = getattr(self._service, "start", None)
-            if started is not None:
-                result = started()
-                if inspect.isawaitable(result):
-                    await result
+        if self._built is None:
+            self._built = self._factory()
         return os.getpid()
 
+    @property
+    def _service(self) -> S:
+        if self._built is None:
+            raise EngineLostError("the actor was called before its start")
+        return self._built
 
-class PromptsActor(_Host):
+
+@runtime_checkable
+class Closing(Protocol):
+    """A service with something to end."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class PromptsActor(_Host[PromptSource]):
     """Hosts a PromptSource."""
 
     async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
@@ -60,7 +66,7 @@ class PromptsActor(_Host):
         return await self._service.held_out(limit)
 
 
-class RolloutActor(_Host):
+class RolloutActor(_Host[Rollout]):
     """Hosts a rollout worker with its engine."""
 
     async def rollout(self, order: ShardOrder) -> Served[Any]:
@@ -72,7 +78,7 @@ class RolloutActor(_Host):
         return await self._service.apply_weights(weights)
 
 
-class ScorerActor(_Host):
+class ScorerActor(_Host[Reward | Reference]):
     """Hosts a Reward or a Reference."""
 
     async def score(self, shard: ShardRecord) -> Served[Any]:
@@ -80,15 +86,12 @@ class ScorerActor(_Host):
         return await self._service.score(shard)
 
     async def close(self) -> None:
-        """Ends what the service started."""
-        closing = getattr(self._service, "close", None)
-        if closing is not None:
-            result = closing()
-            if inspect.isawaitable(result):
-                await result
+        """Ends the processes that the service started."""
+        if isinstance(self._built, Closing):
+            self._built.close()
 
 
-def spawn(kind: type[_Host], factory: Factory, name: str, *, cpus: float, gpus: float) -> ActorHandle:
+def spawn(kind: type[_Host[Any]], factory: Factory, name: str, *, cpus: float, gpus: float) -> ActorHandle:
     """An actor of ``kind`` in a process of its own; it does no work before ``start``.
 
     Args:

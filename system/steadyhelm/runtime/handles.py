@@ -92,6 +92,7 @@ class RewardHandle:
     def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
         deadline_s = run.runtime.step_deadline_s
         self.pool = _pool(run, "reward", ScorerActor, factory, run.reward.replicas, deadline_s, 0.0, tell)
+        self.pool.closes = True
 
     async def score(self, shard: ShardRecord) -> Served[tuple[ObjectRef, tuple[bool, ...]]]:
         """See ``services.Reward``."""

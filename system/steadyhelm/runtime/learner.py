@@ -63,7 +63,7 @@ class LearnerGroup:
             except BaseException as caught:  # a thread's only way to tell; raised by the next call
                 error = caught
             if not loop.is_closed():
-                loop.call_soon_threadsafe(lambda: over.done() or over.set_result(error))
+                loop.call_soon_threadsafe(over.set_result, error)
 
         self._thread = threading.Thread(target=fit, name="learner-group", daemon=True)
         self._thread.start()
@@ -80,25 +80,32 @@ class LearnerGroup:
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """See ``services.Learner``."""
         deadline_s = self._run.runtime.start_deadline_s + self._run.runtime.step_deadline_s
-        return await self._call("restore", (checkpoint,), "restores", deadline_s)
+        answered: Served[None] = await self._call("restore", (checkpoint,), "restores", deadline_s)
+        return answered
 
     async def step(self, manifest: BatchManifest) -> Served[None]:
         """See ``services.Learner``."""
-        return await self._call("step", (manifest,), f"steps iteration {manifest.iteration}")
+        answered: Served[None] = await self._call("step", (manifest,), f"steps iteration {manifest.iteration}")
+        return answered
 
     async def publish(
         self, version: PolicyVersion, key: str, known: WeightsRecord | None = None
     ) -> Served[WeightsRecord]:
         """See ``services.Learner``."""
-        return await self._call("publish", (version, key, known), f"publishes version {version}")
+        answered: Served[WeightsRecord] = await self._call(
+            "publish", (version, key, known), f"publishes version {version}"
+        )
+        return answered
 
     async def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:
         """See ``services.Learner``."""
-        return await self._call("save", (version, key), f"saves checkpoint {version}")
+        answered: Served[CheckpointRecord] = await self._call("save", (version, key), f"saves checkpoint {version}")
+        return answered
 
     async def export(self, key: str) -> Served[tuple[ObjectRef, ...]]:
         """See ``services.Learner``."""
-        return await self._call("export", (key,), "exports the model")
+        answered: Served[tuple[ObjectRef, ...]] = await self._call("export", (key,), "exports the model")
+        return answered
 
     async def close(self) -> None:
         """Ends the ranks and waits for Ray Train to be done with them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ from steadyhelm.telemetry import EventSink, Notice, ServiceState
 T = TypeVar("T")
 MAX_TRIES = 4
 """How often one call may be tried on one engine after another; a shard that kills each engine must end the run."""
+WIDTH = 2
+"""Calls that a member has at once: one that it works on and one that it prepares. Others wait here, for any member,
+and their deadlines begin when they are sent."""
+CLOSE_S = 5.0
+"""How long a member may take to end its own processes before it is killed with them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +40,7 @@ class Member:
 class Pool:
     """Equal actors of one service behind the service's own methods.
 
-    A call goes to the member with the fewest outstanding calls. A member that dies or misses a deadline is killed
+    A call goes to the member with the fewest outstanding calls, once one has fewer than ``WIDTH``. A member that dies or misses a deadline is killed
     and replaced, and its calls go to another.
 
     Args:
@@ -43,6 +49,7 @@ class Pool:
         size: how many actors there are.
         start_deadline_s, call_deadline_s, notice_s: seconds; see ``config.Runtime``.
         tell: takes events for the user.
+        closes: whether members have processes of their own to end first.
         prepare: brings a new member up to date before it serves (weights); None where there is nothing to do.
     """
 
@@ -54,6 +61,7 @@ class Pool:
     notice_s: float
     tell: EventSink
     prepare: Callable[[Member], Awaitable[None]] | None = None
+    closes: bool = False
     members: list[Member] = field(default_factory=list)
     _spawned: int = 0
     _losses: int = 0
@@ -97,7 +105,7 @@ class Pool:
                     raise
                 await asyncio.sleep(max(error.delay_s, 0.05))
             finally:
-                member.outstanding -= 1
+                await self._give_back(member)
         raise AssertionError("the last try returns or raises")
 
     async def ask(self, member: Member, call: Awaitable[T], what: str, deadline_s: float) -> T:
@@ -128,6 +136,9 @@ class Pool:
         for task in self._replacing:
             task.cancel()
         for member in self.members:
+            if self.closes and member.alive:
+                with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                    await asyncio.wait_for(_done(member.actor.close.remote()), CLOSE_S)
             ray.kill(member.actor)
         self.members.clear()
 
@@ -140,16 +151,23 @@ class Pool:
 
     async def _take(self) -> Member:
         async with self._changed:
-            ready = self._changed.wait_for(lambda: self._broken is not None or any(m.alive for m in self.members))
-            try:
-                await asyncio.wait_for(ready, timeout=self.start_deadline_s)
-            except TimeoutError:
-                raise DeadlineError(f"No {self.service} actor serves within {self.start_deadline_s:g} s.") from None
-            if self._broken is not None:
-                raise self._broken
-            member = min((m for m in self.members if m.alive), key=lambda m: (m.outstanding, m.number))
+            while not (free := [m for m in self.members if m.alive and m.outstanding < WIDTH]):
+                if self._broken is not None:
+                    raise self._broken
+                alive = any(member.alive for member in self.members)
+                try:
+                    await asyncio.wait_for(self._changed.wait(), None if alive else self.start_deadline_s)
+                except TimeoutError:
+                    text = f"No {self.service} actor serves within {self.start_deadline_s:g} s."
+                    raise DeadlineError(text) from None
+            member = min(free, key=lambda m: (m.outstanding, m.number))
             member.outstanding += 1
             return member
+
+    async def _give_back(self, member: Member) -> None:
+        async with self._changed:
+            member.outstanding -= 1
+            self._changed.notify_all()
 
     def _lose(self, member: Member, error: BaseException) -> None:
         """Takes a member out and starts another in its place."""
@@ -186,3 +204,7 @@ class Pool:
             self._changed.notify_all()
         if new.alive:
             self.tell(Notice(text=f"{self.service} {new.number} serves"))
+
+
+async def _done(call: Awaitable[None]) -> None:
+    await call

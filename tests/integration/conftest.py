@@ -1,0 +1,158 @@
+"""A small real run: the tiny Qwen2.5-VL from its factory, digits, and a reward that random completions earn too."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from steadyhelm.store import LocalStore
+from steadyhelm.store.log import CommitLog, LogView
+from steadyhelm.telemetry import metrics as names
+from steadyhelm.telemetry.metrics_log import join_segments
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = '''
+def vowels(sample):
+    """A dense reward: random text earns some of it."""
+    text = sample.completion_text
+    return sum(letter in "aeiou" for letter in text) / max(1, len(text))
+'''
+RUN = """
+name: small
+seed: 3
+model: {factory: "tiny_model.py:build", dtype: float32}
+data: {train: "digits.py:train_pairs", template: "digits.py:template",
+       max_prompt_tokens: 128}
+algorithm: {type: stable_reinforce}
+rollout: {engine: {type: transformers, batch: 4}, replicas: 2, max_new_tokens: 8}
+reward: {terms: [{type: format}, {type: choice}, {type: custom, name: vowels, code: "task.py:vowels", weight: 2.0}]}
+learner: {train_batch: 8, micro_batch: 4, lr: 1.0e-3}
+schedule: {iterations: 6, prompts_per_iteration: 16, checkpoint_every: 4}
+store: {uri: runs}
+runtime: {start_deadline_s: 240, step_deadline_s: 120}
+"""
+
+
+@dataclass
+class Run:
+    """A run in a folder of its own, driven through the command line."""
+
+    folder: Path
+    process: subprocess.Popen[str] | None = None
+    seen: list[int] = field(default_factory=list)
+
+    @property
+    def store(self) -> LocalStore:
+        return LocalStore(self.folder / "runs")
+
+    @property
+    def run_id(self) -> str:
+        return "small-transformers"
+
+    @property
+    def log(self) -> LogView:
+        return CommitLog.read(self.store, self.run_id)
+
+    def command(self, *more: str) -> list[str]:
+        return [sys.executable, "-m", "steadyhelm.cli", "run", "run.yaml", *more]
+
+    def start(self, *more: str) -> None:
+        self.output = (self.folder / "output.txt").open("a")
+        self.process = subprocess.Popen(
+            self.command(*more), cwd=self.folder, stdout=self.output, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait_for(self, holds: Callable[[LogView], bool], timeout_s: float = 200) -> None:
+        ends = time.monotonic() + timeout_s
+        while not holds(self.log):
+            assert self.process is not None
+            assert self.process.poll() is None, f"the run ended early:\n{self.text()}"
+            assert time.monotonic() < ends, f"nothing after {timeout_s} s:\n{self.text()}"
+            time.sleep(0.1)
+
+    def finish(self, timeout_s: float = 240) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout_s)
+
+    def text(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+    def pid_of(self, title: str) -> int:
+        """A process of the run whose title begins so (Ray names its workers after their actors)."""
+        assert self.process is not None
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if (process.cmdline() or [""])[0].startswith(title):
+                    return process.pid
+            except psutil.Error:
+                continue
+        raise AssertionError(f"no process {title}")
+
+    def tree(self) -> list[psutil.Process]:
+        assert self.process is not None
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    def exact_metrics(self) -> dict[int, dict[str, float]]:
+        """The metrics of each iteration that do not depend on clocks."""
+        prefix = f"{self.run_id}/metrics/"
+        segments = {key: bytes(self.store.get(key)) for key in self.store.list(prefix)}
+        return {line.iteration: names.exact(line.metrics) for line in join_segments(segments)}
+
+    def trained(self) -> list[str]:
+        return [pid for batch in self.log.batches() for pid, outcome in batch.outcomes.items() if outcome == "trained"]
+
+
+def none_left(processes: list[psutil.Process], timeout_s: float = 30) -> list[str]:
+    """The command lines of those that still run after ``timeout_s``."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path):
+    made: list[Run] = []
+
+    def make(name: str = "run", run_file: str = RUN) -> Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (ROOT / "workloads" / "r1_reward").glob("*.py"):
+            shutil.copy(file, folder)
+        (folder / "task.py").write_text(TASK)
+        (folder / "run.yaml").write_text(run_file)
+        made.append(Run(folder))
+        return made[-1]
+
+    yield make
+    for run in made:
+        if run.process is not None and run.process.poll() is None:
+            tree = run.tree()
+            for process in tree:
+                process.kill()
+            psutil.wait_procs(tree, timeout=10)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run without any failure."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for file in (ROOT / "workloads" / "r1_reward").glob("*.py"):
+        shutil.copy(file, folder)
+    (folder / "task.py").write_text(TASK)
+    (folder / "run.yaml").write_text(RUN)
+    run = Run(folder)
+    run.start()
+    assert run.finish() == 0, run.text()
+    json.dumps(run.exact_metrics())
+    return run

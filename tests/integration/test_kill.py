@@ -1,0 +1,63 @@
+"""Real processes, really killed: nothing is lost, nothing is trained twice, and the numbers stay the same bit for bit."""
+
+import signal
+
+from tests.integration.conftest import none_left
+
+
+def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_behind(make_run, undisturbed):
+    run = make_run()
+    run.start()
+    run.wait_for(lambda log: log.last_iteration >= 3)
+    tree = run.tree()
+    run.kill(run.process.pid)
+    assert none_left(tree) == []
+    run.start()
+    assert run.finish() == 0, run.text()
+    assert run.log.attempt == 2
+    assert run.trained() == undisturbed.trained()
+    assert len(set(run.trained())) == len(run.trained()) == 96
+    assert run.exact_metrics() == undisturbed.exact_metrics()
+
+
+def test_killed_actors_and_a_killed_rank_are_replaced_while_the_run_goes_on(make_run, undisturbed):
+    run = make_run()
+    run.start()
+    run.wait_for(lambda log: log.last_iteration >= 1)
+    run.kill(run.pid_of("ray::RolloutActor"))
+    run.kill(run.pid_of("ray::ScorerActor"))
+    run.wait_for(lambda log: log.last_iteration >= 3)
+    run.kill(run.pid_of("ray::RayTrainWorker"))
+    assert run.finish() == 0, run.text()
+    assert "another one takes its place" in run.text()
+    assert "goes on from the last checkpoint" in run.text()
+    assert run.trained() == undisturbed.trained()
+    assert run.exact_metrics() == undisturbed.exact_metrics()
+
+
+def test_a_signal_ends_the_run_cleanly_and_says_how_to_go_on(make_run, undisturbed):
+    run = make_run()
+    run.start()
+    run.wait_for(lambda log: log.last_iteration >= 2)
+    tree = run.tree()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 128 + signal.SIGTERM, run.text()
+    assert none_left(tree) == []
+    assert "--id small-transformers goes on" in run.text()
+    checkpoint = run.log.checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.version.iteration == run.log.last_iteration
+    run.start()
+    assert run.finish() == 0, run.text()
+    assert run.exact_metrics() == undisturbed.exact_metrics()
+
+
+def test_a_finished_run_says_so_and_a_changed_run_file_is_refused(undisturbed):
+    before = len(undisturbed.log.entries)
+    undisturbed.start()
+    assert undisturbed.finish() == 0
+    assert "is finished" in undisturbed.text()
+    undisturbed.start("--set", "learner.lr=0.5")
+    assert undisturbed.finish() == 2
+    assert "learner.lr: 0.001 → 0.5" in undisturbed.text()
+    assert len(undisturbed.log.entries) == before
