@@ -21,6 +21,7 @@ from steadyhelm.telemetry import metrics as names
 STRONGEST = 3.0  # |advantage| of the full colour: the default filter's bound
 DEEPEST = 65.0  # per cent of colour there, so that text on it stays readable
 UNSURE = 0.5  # sampled with less than this probability: underlined
+RECENT = 10  # iterations that a figure at the top is the mean of
 LONG_TEXT = 1200  # characters from which on a text scrolls in its own box
 
 IMAGE_TYPES = (
@@ -108,13 +109,11 @@ def _tiles(data: ReportData) -> str:
     ):
         values = [line.metrics[name] for line in data.metrics if math.isfinite(line.metrics.get(name, math.nan))]
         if values:
-            last_few = values[-10:]
-            mean = math.fsum(last_few) / len(last_few)
-            tiles.append(
-                (label, form.format(mean), f"mean of the last {len(last_few)}, first {form.format(values[0])}")
-            )
+            recent = values[-RECENT:]
+            tiles.append((label, form.format(math.fsum(recent) / len(recent)), f"first {form.format(values[0])}"))
     cells = "".join(f"<li><span>{text(a)}</span><b>{text(b)}</b><em>{text(c)}</em></li>" for a, b, c in tiles)
-    return f'<ul class="tiles">{cells}</ul>' if cells else ""
+    about = f"Accuracy is the last evaluation's; the other figures are means over the last {RECENT} iterations."
+    return f'<ul class="tiles">{cells}</ul><p class="soft">{about}</p>' if cells else ""
 
 
 def _curves(data: ReportData) -> str:

@@ -99,7 +99,7 @@ finally:
 """
 
 
-LIGHT = [["--help"], ["run", "--help"], ["validate", "FILE"], ["schema"], ["data", "FILE"]]
+LIGHT = [["--help"], ["run", "--help"], ["validate", "FILE"], ["schema"], ["data", "FILE"], ["report", "FILE"]]
 
 
 @pytest.mark.parametrize("arguments", LIGHT)
