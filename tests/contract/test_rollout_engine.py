@@ -220,8 +220,7 @@ ENGINES = {"transformers": TransformersSubject, "fake": FakeSubject}
 async def subject(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Subject]:
     made = ENGINES[request.param](tiny_model, tmp_path / "store")
     yield made
-    if hasattr(made.engine, "close"):
-        await made.engine.close()
+    await made.engine.close()
 
 
 async def answers(
@@ -410,6 +409,17 @@ async def test_a_corrupt_image_is_an_error_of_its_request_and_the_engine_goes_on
     with pytest.raises(DataError, match=subject.corrupt):
         await answers(subject, [good, bad])
     assert set(await answers(subject, [good])) == {"0:0"}
+
+
+async def test_the_event_loop_answers_health_while_the_engine_generates(subject: Subject) -> None:
+    work = asyncio.create_task(answers(subject, several(subject, 8), Sampling(max_new_tokens=300)))
+    answered = 0
+    while not work.done():
+        await subject.engine.health()
+        answered += 1
+        await asyncio.sleep(0.001)
+    assert answered >= 3
+    await work
 
 
 async def test_a_closed_iterator_ends_the_work(subject: Subject) -> None:

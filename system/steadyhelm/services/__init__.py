@@ -86,6 +86,10 @@ class RolloutEngine(Protocol):
         """Takes no new requests and returns once those in flight are done. Raises DeadlineError."""
         ...
 
+    async def close(self) -> None:
+        """Ends the engine and what it started; whatever is in flight is lost."""
+        ...
+
 
 class PromptSource(Protocol):
     """The data set with its cursor: which prompts an iteration gets, order-swapped, images by key."""

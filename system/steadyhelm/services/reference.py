@@ -116,7 +116,7 @@ class ReferenceScorer:
 
     def _score(self, shard: ShardRecord) -> ObjectRef:
         with telemetry.span("reference", "read shard"):
-            trajectories = decode_rollout(self._store.read(shard.rollout))
+            trajectories = decode_rollout(self._store.read(shard.rollout), shard.rollout.key)
         scores: list[NDArray[np.float32]] = []
         for start in range(0, len(trajectories), self._batch):
             scores += self._logprobs(trajectories[start : start + self._batch])

@@ -102,6 +102,10 @@ class FakeEngine:
         except TimeoutError as error:
             raise DeadlineError(f"the fake engine has calls in flight after {deadline_s} s of draining") from error
 
+    async def close(self) -> None:
+        """Takes no new requests."""
+        self._draining = True
+
     def logprobs(
         self, request: EngineRequest, tokens: NDArray[np.int32], temperature: float = 1.0
     ) -> NDArray[np.float32]:

@@ -34,7 +34,7 @@ def adopt_shard(store: ObjectStore, order: ShardOrder) -> ShardRecord | None:
         return None
     data = store.get(order.key)
     ref = make_ref(order.key, byte_views(data))
-    trajectories = decode_rollout(data)
+    trajectories = decode_rollout(data, order.key)
     wanted = {prompt.prompt_id: place for place, prompt in enumerate(order.prompts)}
     places = [wanted.get(trajectory.prompt.prompt_id, -1) for trajectory in trajectories]
     if -1 in places or places != sorted(set(places)):

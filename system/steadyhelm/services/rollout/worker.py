@@ -184,6 +184,10 @@ class RolloutWorker:
         """Takes no new orders and returns once those in flight are done. Raises DeadlineError."""
         await self._engine.drain(deadline_s)
 
+    async def close(self) -> None:
+        """Ends the engine. A worker is of no use afterwards."""
+        await self._engine.close()
+
     def _require(self, min_version: int) -> None:
         if self._engine.version.iteration < min_version:
             raise RetryableError(
