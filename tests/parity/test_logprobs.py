@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from steadyhelm.data.types import EngineRequest, PolicyVersion, PromptId, Sampling
-from steadyhelm.models.batch import TokenSequence, collate
+from steadyhelm.models.batch import TokenSequence, collate, pack
 from steadyhelm.models.decode import Decoding
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import load_model
@@ -170,6 +170,26 @@ def test_chunks_of_the_output_layer_change_neither_numbers_nor_gradient(
         assert (gradient - found[0][2]).norm() / found[0][2].norm() < 1e-6
 
 
+@pytest.mark.parametrize("with_images", [True, False])
+def test_packing_changes_neither_numbers_nor_gradient(
+    tiny_model: Path, encoder: PromptEncoder, with_images: bool
+) -> None:
+    batch = collate(rows_of(encoder, with_images), encoder, pad_side="left")
+    packed = pack(batch)
+    assert packed.input_ids.shape == (1, int(batch.attention_mask.sum()))
+    found = []
+    for form in (batch, packed):
+        model = load_model(tiny_model, dtype="float32")
+        logprobs, entropy, mask = completion_logprobs(model, form, temperature=1.0, banned_ids=encoder.banned_ids)
+        (logprobs * torch.arange(logprobs.shape[1])).sum().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append((logprobs.detach(), entropy, mask, gradient))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
+    assert torch.equal(found[0][2], found[1][2])
+    assert (found[0][3] - found[1][3]).norm() / found[0][3].norm() < 1e-5
+
+
 def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path, encoder: PromptEncoder) -> None:
     batch = collate(rows_of(encoder), encoder)
     gradients = []
@@ -241,6 +261,9 @@ def test_a_text_only_model_goes_through_the_same_functions(text_model: Path) -> 
     assert batch.pixel_values is None
     expected = scores(model, encoder, rows)
     np.testing.assert_allclose(scores(model, encoder, rows, side="left", micro=2), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        logprobs, _, mask = completion_logprobs(model, pack(batch), temperature=0.8, banned_ids=encoder.banned_ids)
+    np.testing.assert_allclose(logprobs[mask], expected, rtol=0, atol=1e-5)
     requests = [
         EngineRequest(prompt_id=PromptId(str(n)), prompt_tokens=row.prompt_tokens, images=(), seed=n)
         for n, row in enumerate(rows)

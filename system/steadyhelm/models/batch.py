@@ -58,7 +58,10 @@ class ModelBatch:
     ``input_ids`` [N, L] int64; ``attention_mask`` [N, L] int64, 0 at padding; ``position_ids`` int64, [3, N, L] (time,
     height, width) for a multimodal model and [N, L] for a text-only one, 0 at padding; ``completion_mask`` [N, L] bool,
     True at the completion's tokens; ``pixel_values`` [patches, dim] float32 and ``image_grid_thw`` [images, 3] int64 of
-    all rows' images in order, None where no row has an image.
+    all rows' images in order, None where no row has an image. ``lengths`` [N] int64: completion tokens of each.
+
+    A packed batch holds its N sequences one behind the other in a single row: the first sizes above are then 1 instead
+    of N, except that of ``lengths``; ``starts`` [L] int64 counts up from 0 in each sequence. It is None otherwise.
     """
 
     input_ids: torch.Tensor
@@ -67,6 +70,8 @@ class ModelBatch:
     completion_mask: torch.Tensor
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
+    lengths: torch.Tensor
+    starts: torch.Tensor | None = None
 
     @property
     def num_completion_tokens(self) -> int:
@@ -82,6 +87,8 @@ class ModelBatch:
             completion_mask=self.completion_mask.to(device),
             pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
             image_grid_thw=None if self.image_grid_thw is None else self.image_grid_thw.to(device),
+            lengths=self.lengths.to(device),
+            starts=None if self.starts is None else self.starts.to(device),
         )
 
 
@@ -168,6 +175,27 @@ def collate(
         completion_mask=torch.from_numpy(completion_mask),
         pixel_values=None if pixels is None else torch.from_numpy(pixels),
         image_grid_thw=None if grids is None else torch.from_numpy(grids),
+        lengths=torch.tensor([len(row.tokens) for row in sequences]),
+    )
+
+
+def pack(batch: ModelBatch) -> ModelBatch:
+    """The same sequences one behind the other in a single row, without padding; log-probs do not depend on it.
+
+    Tokens of a sequence attend to that sequence only. Worth it where the attention kernel skips what is masked.
+    """
+    kept = batch.attention_mask.bool()
+    widths = kept.sum(1)
+    starts = torch.cat([torch.arange(int(width)) for width in widths]).to(kept.device)
+    return ModelBatch(
+        input_ids=batch.input_ids[kept][None],
+        attention_mask=batch.attention_mask[kept][None],
+        position_ids=batch.position_ids[..., kept].unsqueeze(-2),
+        completion_mask=batch.completion_mask[kept][None],
+        pixel_values=batch.pixel_values,
+        image_grid_thw=batch.image_grid_thw,
+        lengths=batch.lengths,
+        starts=starts,
     )
 
 

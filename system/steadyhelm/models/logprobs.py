@@ -87,14 +87,14 @@ def completion_logprobs(
         DataError: a row's completion starts at its first token, so nothing predicts it.
     """
     hidden = _hidden_states(model, batch)
-    if bool((batch.completion_mask[:, 0]).any()):
+    first = batch.completion_mask[:, 0] if batch.starts is None else batch.completion_mask[0, batch.starts == 0]
+    if bool(first.any()):
         raise DataError("a sequence has a completion but no prompt: nothing predicts its first token")
     states = hidden[:, :-1][batch.completion_mask[:, 1:]]  # [M, H]: the state one place before each completion token
     tokens = batch.input_ids[batch.completion_mask]  # [M]
     banned = torch.as_tensor(list(banned_ids), dtype=torch.long, device=tokens.device)
     logprobs, entropy = _in_chunks(output_layer_of(model), states, tokens, temperature, banned, chunks)
-    lengths = batch.completion_mask.sum(1)
-    mask = torch.arange(int(lengths.max()), device=tokens.device)[None] < lengths[:, None]
+    mask = torch.arange(int(batch.lengths.max()), device=tokens.device)[None] < batch.lengths[:, None]
     blank = torch.zeros(mask.shape, dtype=torch.float32, device=tokens.device)
     return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropy), mask
 
@@ -128,16 +128,32 @@ def _hidden_states(model: torch.nn.Module, batch: ModelBatch) -> torch.Tensor:
         vision = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
     output = decoder_of(model)(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask if batch.starts is None else None,
+        position_ids=_packed_positions(batch) if batch.starts is not None else batch.position_ids,
         use_cache=False,
         **vision,
     )
     hidden: torch.Tensor = output.last_hidden_state
     tower = getattr(decoder_of(model), "visual", None)
-    if tower is not None and batch.pixel_values is None and torch.is_grad_enabled():
+    if tower is not None and batch.pixel_values is None and (torch.is_grad_enabled() or _is_sharded(tower)):
         hidden = hidden + 0.0 * _blank_features(tower, hidden.device).sum()
     return hidden
+
+
+def _packed_positions(batch: ModelBatch) -> torch.Tensor:
+    """Positions from which Transformers sees where each packed sequence starts.
+
+    For a multimodal model that is [4, 1, L]: the places in the sequence first, then time, height and width.
+    """
+    assert batch.starts is not None
+    if batch.position_ids.ndim == 2:
+        return batch.position_ids
+    return torch.cat([batch.starts[None, None], batch.position_ids])
+
+
+def _is_sharded(module: torch.nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the module's weights in parts that all ranks gather together."""
+    return hasattr(next(module.parameters()), "ds_id")
 
 
 def _blank_features(tower: torch.nn.Module, device: torch.device) -> torch.Tensor:
