@@ -98,7 +98,7 @@ def rollout(place: RunPlace) -> Any:
     from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker
 
     _threads(place.run)
-    version = PolicyVersion(iteration=0, attempt=0)
+    version = PolicyVersion(iteration=0, attempt=place.attempt)
     spec = RolloutSpec.of(
         place.run, folder=place.folder(), store_uri=place.store_uri, version=version, device=_device(place.run)
     )
