@@ -13,15 +13,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from steadyhelm.data.types import FinishReason, ImageKey, Prompt, PromptId, Rewards, Trajectory
 from steadyhelm.errors import DataError
-from steadyhelm.store.columns import Array, broken, narrow, offsets, pack, unpack
+from steadyhelm.store.columns import Array, Column, Columns, Pieces, broken, narrow, offsets, pack, unpack
 from steadyhelm.store.layout import IMAGES
 
 _FINISH = tuple(FinishReason)
@@ -41,7 +43,7 @@ def encode_rollout(trajectories: Sequence[Trajectory]) -> list[memoryview]:
                 f"log-probs and {len(row.versions)} versions: the engine must answer one of each per token"
             )
     prompts = [row.prompt for row in trajectories]
-    columns: dict[str, Array] = {}
+    columns: dict[str, Column] = {}
     texts: tuple[Sequence[str], ...] = (
         [prompt.prompt_id for prompt in prompts],
         [prompt.group_id for prompt in prompts],
@@ -64,9 +66,9 @@ def encode_rollout(trajectories: Sequence[Trajectory]) -> list[memoryview]:
     columns.update(_pack_images([prompt.images for prompt in prompts]))
     columns.update(_pack_prompts([row.prompt_tokens for row in trajectories]))
     columns["lengths"] = narrow([len(row.tokens) for row in trajectories])
-    columns["tokens"] = narrow(_joined([row.tokens for row in trajectories], np.int32))
-    columns["logprobs"] = _joined([row.logprobs for row in trajectories], np.float32)
-    columns.update(_pack_runs(_joined([row.versions for row in trajectories], np.int32)))
+    columns["tokens"] = _ids([row.tokens for row in trajectories])
+    columns["logprobs"] = _floats([row.logprobs for row in trajectories])
+    columns.update(_pack_runs([row.versions for row in trajectories]))
     return pack("rollout", {"trajectories": len(trajectories)}, columns)
 
 
@@ -87,10 +89,10 @@ class RolloutShard(Sequence[Trajectory]):
         offsets: [N + 1] int64; trajectory n's tokens are ``[offsets[n], offsets[n + 1])`` of the flat arrays.
         tokens: [sum T] int32.
         logprobs: [sum T] float32.
-        versions: [sum T] int32.
+        versions: [sum T] int32, made from runs at first use.
     """
 
-    def __init__(self, facts: Mapping[str, Any], columns: Mapping[str, Array], place: str) -> None:
+    def __init__(self, facts: Mapping[str, Any], columns: Columns, place: str) -> None:
         self._columns = columns
         self._place = place
         self._num = int(facts["trajectories"])
@@ -99,10 +101,12 @@ class RolloutShard(Sequence[Trajectory]):
         self.offsets = offsets(self.lengths, columns["tokens"].size)
         self.tokens = _frozen(columns["tokens"].astype(np.int32, copy=False))
         self.logprobs: NDArray[np.float32] = columns["logprobs"]
-        self.versions = _unpack_runs(columns, self.tokens.size)
+        offsets(columns["versions#"], self.tokens.size)
         if self.logprobs.dtype != np.float32 or self.logprobs.size != self.tokens.size:
             raise ValueError("log-probs do not fit the tokens")
-        if any(columns[name].size != self._num for name in ("lengths", *_NUMBERS)):
+        if columns["versions"].size != columns["versions#"].size:
+            raise ValueError("versions do not fit their runs")
+        if columns.sizes(("lengths", *_NUMBERS)) != {self._num}:
             raise ValueError("columns of unequal length")
 
     def __len__(self) -> int:
@@ -117,6 +121,11 @@ class RolloutShard(Sequence[Trajectory]):
 
     def __iter__(self) -> Iterator[Trajectory]:
         return iter(self.trajectories)
+
+    @cached_property
+    def versions(self) -> NDArray[np.int32]:
+        """[sum T] int32: the policy iteration that sampled each token."""
+        return _frozen(np.repeat(self._columns["versions"].astype(np.int32), self._columns["versions#"]))
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
@@ -168,7 +177,7 @@ def encode_rewards(rewards: Rewards) -> list[memoryview]:
     sizes = {len(rewards.valid), len(rewards.detail), *(len(part) for part in rewards.components.values())}
     if sizes != {num}:
         raise DataError(f"rewards of {num} samples have parts of {sorted(sizes)} samples: mend the reward service")
-    columns: dict[str, Array] = {
+    columns: dict[str, Column] = {
         "total": np.ascontiguousarray(rewards.total, np.float32),
         "valid": np.ascontiguousarray(rewards.valid, np.bool_).view(np.uint8),
     }
@@ -200,7 +209,7 @@ def decode_rewards(data: bytes | memoryview, place: str = "an object") -> Reward
 
 def encode_reference(logprobs: Sequence[NDArray[np.float32]]) -> list[memoryview]:
     """The parts of a reference shard: the frozen model's log-probs [T] of each trajectory, in the shard's order."""
-    columns = {"lengths": narrow([len(row) for row in logprobs]), "logprobs": _joined(logprobs, np.float32)}
+    columns: dict[str, Column] = {"lengths": narrow([len(row) for row in logprobs]), "logprobs": _floats(logprobs)}
     return pack("reference", {}, columns)
 
 
@@ -217,8 +226,17 @@ def decode_reference(data: bytes | memoryview, place: str = "an object") -> list
         raise broken(place, "reference", error) from error
 
 
-def _joined(rows: Sequence[Array], dtype: type[np.int32 | np.float32]) -> Array:
-    return np.concatenate(rows, dtype=dtype) if len(rows) else np.empty(0, dtype)
+def _floats(rows: Sequence[NDArray[np.float32]]) -> Pieces:
+    return Pieces(np.dtype("<f4"), [np.ascontiguousarray(row, np.float32) for row in rows])
+
+
+def _ids(rows: Sequence[NDArray[np.int32]]) -> Column:
+    """Token ids as uint8 or uint16 where all fit, else the rows themselves."""
+    whole = [np.ascontiguousarray(row, np.int32) for row in rows]
+    longest = max(whole, key=len, default=np.empty(0, np.int32))
+    if len(longest) and int(longest.max()) > np.iinfo(np.uint16).max:  # one row tells already that they do not fit
+        return Pieces(np.dtype("<i4"), whole)
+    return narrow(np.concatenate(whole) if whole else longest)
 
 
 def _frozen(array: Array) -> Array:
@@ -226,17 +244,28 @@ def _frozen(array: Array) -> Array:
     return array
 
 
-def _index(values: Sequence[bytes]) -> tuple[list[bytes], Array | None]:
-    """The distinct values in order of appearance, and which of them each is; None where all are distinct."""
-    places: dict[bytes, int] = {}
-    index = [places.setdefault(value, len(places)) for value in values]
-    return list(places), None if len(places) == len(values) else narrow(index)
+def _index(values: Iterable[bytes | memoryview]) -> tuple[list[int], Array | None]:
+    """The places of the distinct values, and which of those each value is; None where all are distinct.
+
+    Values are looked up by xxh3: Python's own hash of bytes takes longer than writing them.
+    """
+    digests = list(map(xxhash.xxh3_128_digest, values))
+    first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
+    if len(first) == len(digests):
+        return list(range(len(digests))), None
+    distinct = sorted(first.values())
+    places = {digests[number]: place for place, number in enumerate(distinct)}
+    return distinct, narrow([places[digest] for digest in digests])
 
 
-def _pack_blobs(name: str, values: Sequence[bytes]) -> dict[str, Array]:
+def _pack_blobs(name: str, values: Sequence[bytes]) -> dict[str, Column]:
     """A column of byte strings: ``name`` joined, ``name#`` lengths, ``name@`` index where values repeat."""
-    distinct, index = _index(values)
-    columns = {name: np.frombuffer(b"".join(distinct), np.uint8), f"{name}#": narrow([len(v) for v in distinct])}
+    first, index = _index(values)
+    distinct = [values[place] for place in first]
+    columns: dict[str, Column] = {
+        name: Pieces(np.dtype("u1"), distinct),
+        f"{name}#": narrow([len(value) for value in distinct]),
+    }
     if index is not None:
         columns[f"{name}@"] = index
     return columns
@@ -256,11 +285,11 @@ def _spread(distinct: list[Any], index: Array | None, num: int) -> list[Any]:
     return values
 
 
-def _pack_prompts(rows: Sequence[NDArray[np.int32]]) -> dict[str, Array]:
+def _pack_prompts(rows: Sequence[NDArray[np.int32]]) -> dict[str, Column]:
     """Prompt tokens, equal prompts once: the samples of one prompt share them."""
-    distinct, index = _index([np.ascontiguousarray(row, np.int32).tobytes() for row in rows])
-    flat = np.frombuffer(b"".join(distinct), np.int32)
-    columns = {"prompt_tokens": narrow(flat), "prompt_tokens#": narrow([len(row) // 4 for row in distinct])}
+    first, index = _index([np.ascontiguousarray(row, np.int32).data for row in rows])
+    distinct = [rows[place] for place in first]
+    columns: dict[str, Column] = {"prompt_tokens": _ids(distinct), "prompt_tokens#": narrow([len(r) for r in distinct])}
     if index is not None:
         columns["prompt_tokens@"] = index
     return columns
@@ -272,17 +301,17 @@ def _unpack_prompts(columns: Mapping[str, Array], num: int) -> list[NDArray[np.i
     return _spread([flat[a:b] for a, b in itertools.pairwise(ends)], columns.get("prompt_tokens@"), num)
 
 
-def _pack_images(rows: Sequence[tuple[ImageKey, ...]]) -> dict[str, Array]:
+def _pack_images(rows: Sequence[tuple[ImageKey, ...]]) -> dict[str, Column]:
     """Image keys: the 32 bytes of each hash once, or whole keys where one is of another form."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     places = {key: place for place, key in enumerate(keys)}
-    columns = {
+    columns: dict[str, Column] = {
         "images#": narrow([len(row) for row in rows]),
         "images@": narrow([places[key] for row in rows for key in row]),
     }
     hashes = [match[1] for key in keys if (match := _HASHED.fullmatch(key))]
     if len(hashes) == len(keys):
-        columns["image_hashes"] = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8)
+        columns["image_hashes"] = Pieces(np.dtype("u1"), [bytes.fromhex(key) for key in hashes])
     else:
         columns.update(_pack_blobs("image_keys", [key.encode() for key in keys]))
     return columns
@@ -302,14 +331,18 @@ def _unpack_images(columns: Mapping[str, Array], num: int) -> list[tuple[ImageKe
     return _spread([tuple(flat[start:end]) for start, end in itertools.pairwise(ends)], None, num)
 
 
-def _pack_runs(versions: NDArray[np.int32]) -> dict[str, Array]:
+def _pack_runs(rows: Sequence[NDArray[np.int32]]) -> dict[str, Column]:
     """Versions as runs of equal ones over all trajectories: mostly a single one."""
-    starts = np.flatnonzero(np.diff(versions, prepend=versions[:1] - 1)) if versions.size else np.empty(0, np.int64)
-    lengths = np.diff(np.append(starts, versions.size))
-    return {"versions": narrow(versions[starts]), "versions#": narrow(lengths)}
-
-
-def _unpack_runs(columns: Mapping[str, Array], total: int) -> NDArray[np.int32]:
-    lengths = columns["versions#"]
-    offsets(lengths, total)
-    return _frozen(np.repeat(columns["versions"].astype(np.int32), lengths))
+    versions: list[int] = []
+    lengths: list[int] = []
+    for row in rows:
+        raw = np.ascontiguousarray(row, np.int32).tobytes()
+        same = raw[4:] == raw[:-4]  # one comparison of memory: nearly every row is of one version
+        starts = [0][: len(row)] if same else [0, *(np.flatnonzero(row[1:] != row[:-1]) + 1).tolist()]
+        for start, end in itertools.pairwise([*starts, len(row)]):
+            if versions and versions[-1] == row[start]:
+                lengths[-1] += end - start
+            else:
+                versions.append(int(row[start]))
+                lengths.append(end - start)
+    return {"versions": narrow(versions), "versions#": narrow(lengths)}
