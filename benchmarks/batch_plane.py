@@ -162,8 +162,8 @@ def measure(quick: bool) -> list[Row]:
 
     The goal is for put (checksum, atomic name) and get (verified) of the same bytes of the large shard. Rows with the
     codec have none: making bytes of Python objects is no file operation, and their milliseconds are what it costs,
-    some 10 µs a trajectory, against the seconds that a trajectory takes to sample. A shard of the digits run has 37 kB; what takes the time there is fixed,
-    a fifth of a millisecond, and its rows in milliseconds say what it comes to in an iteration of four shards.
+    some 10 µs a trajectory, against the seconds that a trajectory takes to sample. A shard of the
+    digits run has 37 kB; what takes the time there is fixed, and its rows in milliseconds say what it comes to.
     """
     turns = 100 if quick else 500
     with tempfile.TemporaryDirectory(dir=".") as folder:
