@@ -18,6 +18,7 @@ from steadyhelm.services.learner import collectives
 from steadyhelm.services.learner.engine import TrainEngine
 from steadyhelm.services.learner.fragments import MOMENTS, Fragment, Moments, fragments, masters_changed
 from steadyhelm.store import ObjectStore
+from steadyhelm.store.records import from_json, to_json
 from steadyhelm.weights.codec import decode, encode
 
 FORMAT = 1
@@ -36,7 +37,7 @@ def save(store: ObjectStore, key: str, version: PolicyVersion, engine: TrainEngi
         for number, (part, tensors) in enumerate(_objects(engine, steps)):
             ref = store.put(f"{key}/rank{engine.rank:04d}-{number:04d}.safetensors", encode(tensors))
             places = [[fragment.name, fragment.start, fragment.numel] for fragment in part]
-            written.append({"ref": _to_json(ref), "rank": engine.rank, "fragments": places})
+            written.append({"ref": to_json(ref), "rank": engine.rank, "fragments": places})
         return written
 
     objects = [item for text in collectives.texts(json.dumps(collectives.together(write))) for item in json.loads(text)]
@@ -54,8 +55,8 @@ def save(store: ObjectStore, key: str, version: PolicyVersion, engine: TrainEngi
         return store.put(f"{key}/state.json", json.dumps(state, indent=1).encode()) if engine.rank == 0 else None
 
     mine = collectives.together(write_state)
-    first = json.loads(collectives.texts(json.dumps(_to_json(mine) if mine else None))[0])
-    refs = (ObjectRef(**first), *(ObjectRef(**item["ref"]) for item in objects))
+    first = json.loads(collectives.texts(json.dumps(to_json(mine) if mine else None))[0])
+    refs = tuple(from_json(ObjectRef, found, "a rank's object") for found in (first, *(i["ref"] for i in objects)))
     return CheckpointRecord(version=version, objects=refs)
 
 
@@ -176,7 +177,3 @@ def _fill(
             source = tensors[f"{kind}/{name}"]
             item.of(flat)[low - item.start : low - item.start + count].copy_(source[low - start : low - start + count])
         missing[name] -= count
-
-
-def _to_json(ref: ObjectRef) -> dict[str, Any]:
-    return {"key": ref.key, "num_bytes": ref.num_bytes, "xxh3": ref.xxh3}

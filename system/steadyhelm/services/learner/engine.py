@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -53,12 +54,21 @@ def deepspeed_config(learner: Learner, dtype: str, world_size: int, numel: int) 
 
 
 class TrainEngine:
-    """One rank's DeepSpeed engine around ``module``, whose ``forward`` the learner defines.
+    """One rank's DeepSpeed engine. All methods are called by all ranks together.
 
-    ``torch.distributed`` must be initialised. All methods are called by all ranks together.
+    ``torch.distributed`` must be initialised.
+
+    Args:
+        module: whose ``forward`` is called; it holds ``policy``.
+        policy: whose parameters are trained and published, under its names.
+        learner: the run file's part.
+        dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ConfigError: another ``dtype``, or ``learner.freeze`` fits no parameter or all of them.
     """
 
-    def __init__(self, module: torch.nn.Module, learner: Learner, dtype: str) -> None:
+    def __init__(self, module: torch.nn.Module, policy: torch.nn.Module, learner: Learner, dtype: str) -> None:
         if dtype == "float16":
             raise ConfigError(
                 "model.dtype is 'float16', but the learner trains in 'float32' or 'bfloat16': set model.dtype to "
@@ -66,9 +76,10 @@ class TrainEngine:
             )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.module = module
-        self._frozen = _freeze(module, learner.freeze)
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._policy = policy
+        _freeze(policy, learner.freeze)
+        self.names = {p: name for name, p in policy.named_parameters() if p.requires_grad}
+        trained = list(self.names)
         config = deepspeed_config(learner, dtype, self.world_size, sum(p.numel() for p in trained))
         self._deepspeed = _import_deepspeed()
         self.engine, *_ = self._deepspeed.initialize(
@@ -79,7 +90,6 @@ class TrainEngine:
             dist_init_required=False,
         )
         self.stage: int = self.engine.zero_optimization_stage()
-        self.names = {p: name for name, p in module.named_parameters() if p.requires_grad}
         self.engine.train()
 
     def forward(self, *inputs: Any) -> Any:
@@ -122,7 +132,7 @@ class TrainEngine:
 
         Tied parameters come once, under their first name. Under ZeRO-3 a tensor is valid until the next is asked for.
         """
-        parameters = list(self.module.named_parameters())
+        parameters = list(self._policy.named_parameters())
         for part in _parts(parameters) if self.stage == 3 else [parameters]:
             tensors = [parameter for _, parameter in part]
             gathered = self._deepspeed.zero.GatheredParameters(tensors, enabled=self.stage == 3)
@@ -162,9 +172,8 @@ def _adam(trained: list[torch.nn.Parameter], learner: Learner) -> torch.optim.Op
     return torch.optim.AdamW(trained, fused=True, **settings)
 
 
-def _freeze(module: torch.nn.Module, prefixes: tuple[str, ...]) -> int:
-    """Switches gradients off below ``prefixes``; returns how many parameters are frozen."""
-    frozen = 0
+def _freeze(module: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Switches gradients off for the parameters whose names start with one of ``prefixes``."""
     for prefix in prefixes:
         found = [p for name, p in module.named_parameters() if name.startswith(prefix)]
         if not found:
@@ -175,23 +184,32 @@ def _freeze(module: torch.nn.Module, prefixes: tuple[str, ...]) -> int:
             )
         for parameter in found:
             parameter.requires_grad_(False)
-        frozen += len(found)
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError(f"learner.freeze {list(prefixes)} leaves nothing to train: remove a prefix")
-    return frozen
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, silent, and without compiling a collective that only its inference engine uses.
+    """DeepSpeed, silent, and without what only other uses of it need.
 
-    On a CPU its set-up builds ``deepspeed_shm_comm`` with g++ for ``inference_all_reduce``; training never calls that.
-    ``__compatible_ops__`` is a module attribute made on first access, by probing compilers: an empty one says that
-    nothing is to be built.
+    - On a CPU its set-up builds ``deepspeed_shm_comm`` with g++ for ``inference_all_reduce``, which training never
+      calls. ``__compatible_ops__`` is a module attribute made on first access, by probing compilers: an empty one says
+      that nothing is to be built.
+    - Its Muon optimiser decorates a function with ``torch.compile`` when it is imported, which imports the whole
+      compiler: two seconds and a hundred MB for nothing.
     """
     deepspeed = importlib.import_module("deepspeed")
     ops = importlib.import_module("deepspeed.ops")
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         vars(ops).setdefault("__compatible_ops__", {})
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it at each torch.compile
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +29,18 @@ def deal(
     return [[share[n * micro_batch : (n + 1) * micro_batch] for n in range(count)] for share in shares]
 
 
-def filled(micro_batch: NDArray[np.int64], rows: NDArray[np.int64]) -> Sequence[int]:
-    """The rows to pass through the model: an empty micro-batch borrows a row, which its caller counts as not valid."""
-    return [int(row) for row in (micro_batch if len(micro_batch) else rows[:1])]
+def padded(
+    micro_batch: NDArray[np.int64], filler: int, with_images: NDArray[np.bool_] | None
+) -> tuple[list[int], list[bool]]:
+    """The rows to pass through the model, and which of them count: an empty micro-batch borrows the row ``filler``.
+
+    Args:
+        micro_batch: positions in the iteration's batch.
+        filler: a row to borrow; one with images where ``with_images`` is given.
+        with_images: which of the iteration's rows have images [N], where every micro-batch needs one. Under ZeRO-3 all
+            ranks gather the same weights in the same order, so either all of them run the vision tower or none.
+    """
+    rows = [int(row) for row in micro_batch]
+    if not rows or (with_images is not None and not with_images[rows].any()):
+        return [*rows, filler], [*[True] * len(rows), False]
+    return rows, [True] * len(rows)

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from steadyhelm.services.learner.training import Training
 from steadyhelm.store import open_store
 from steadyhelm.store.folders import put_folder
 from steadyhelm.store.images import get_image
+from steadyhelm.store.records import from_json, to_json
 from steadyhelm.telemetry import collect, span
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.weights.named import named_weights
@@ -32,7 +33,6 @@ from steadyhelm.weights.store import StoreWeights
 
 T = TypeVar("T")
 
-_PREFIX = "model."  # CompletionScorer holds the model under this name
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".h5", ".msgpack")
 
@@ -82,7 +82,7 @@ class LearnerRank:
             banned_ids=self._encoder.banned_ids,
             chunks=self._logit_chunks(world_size),
         )
-        self._engine = TrainEngine(scorer, run.learner, run.model.dtype)
+        self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype)
         self._training = Training(self._engine, self._encoder, run)
         self._pristine = True
 
@@ -93,8 +93,7 @@ class LearnerRank:
                 self._pristine = False
                 checkpoint.restore(self._store, record, self._engine, self._spec.run.seed)
             elif not self._pristine:
-                weights = {f"{_PREFIX}{name}": tensor for name, tensor in named_weights(self._load()).items()}
-                checkpoint.reset(self._engine, weights, self._spec.run.seed)
+                checkpoint.reset(self._engine, named_weights(self._load()), self._spec.run.seed)
         return Served(value=None, spans=tuple(spans))
 
     def step(self, manifest: BatchManifest) -> Served[None]:
@@ -116,7 +115,8 @@ class LearnerRank:
         with collect() as spans, span("learner", "publish"):
             tensors = self._whole_weights()
             record = self._from_rank_0(
-                lambda: asdict(self._weights.publish(version, key, tensors, known)), _weights_record
+                lambda: to_json(self._weights.publish(version, key, tensors, known)),
+                lambda found: from_json(WeightsRecord, found, "rank 0's weights"),
             )
         size = float(sum(ref.num_bytes for ref in record.objects))
         return Served(value=record, spans=tuple(spans), metrics={names.WEIGHTS_BYTES: size})
@@ -132,8 +132,8 @@ class LearnerRank:
         with collect() as spans, span("learner", "export"):
             tensors = self._whole_weights()
             refs = self._from_rank_0(
-                lambda: [asdict(ref) for ref in self._put_model(key, tensors)],
-                lambda found: tuple(ObjectRef(**ref) for ref in found),
+                lambda: [to_json(ref) for ref in self._put_model(key, tensors)],
+                lambda found: tuple(from_json(ObjectRef, ref, "rank 0's model") for ref in found),
             )
         return Served(value=refs, spans=tuple(spans))
 
@@ -161,10 +161,7 @@ class LearnerRank:
         dtype = _DTYPES[self._spec.run.model.dtype]
         # Under ZeRO-3 a gathered tensor is only lent
         lent = self._engine.stage == 3
-        return {
-            name.removeprefix(_PREFIX): tensor.cpu().clone() if lent else tensor.cpu()
-            for name, tensor in self._engine.weights(dtype)
-        }
+        return {name: tensor.cpu().clone() if lent else tensor.cpu() for name, tensor in self._engine.weights(dtype)}
 
     def _from_rank_0(self, work: Callable[[], Any], read: Callable[[Any], T]) -> T:
         """What ``read`` makes of rank 0's JSON-able answer; all ranks return it, or raise what it raises."""
@@ -191,13 +188,3 @@ def _switch_dropout_off(model: torch.nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - nn.Module's attributes are typed as modules
-
-
-def _weights_record(found: dict[str, Any]) -> WeightsRecord:
-    base = found["base"]
-    return WeightsRecord(
-        version=PolicyVersion(**found["version"]),
-        objects=tuple(ObjectRef(**ref) for ref in found["objects"]),
-        checksum=found["checksum"],
-        base=None if base is None else PolicyVersion(**base),
-    )

@@ -1,6 +1,6 @@
 """What an iteration's rows are trained towards: a policy-gradient objective, or the traces themselves.
 
-Both answer ``loss`` for the rows of a micro-batch; rows of a filler count as not valid, so that its gradient is zero.
+Both answer ``loss`` for the rows of a micro-batch; borrowed rows count as not valid, so that their gradient is zero.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Target(Protocol):
     """The loss of an iteration."""
 
     def loss(
-        self, rows: Sequence[int], current: torch.Tensor, *, counted: bool, fresh: bool, denominator: float
+        self, rows: Sequence[int], current: torch.Tensor, *, counted: Sequence[bool], fresh: bool, denominator: float
     ) -> LossParts:
         """The micro-batch's share of the optimiser step's loss.
 
         Args:
             rows: its positions in the iteration's batch.
             current: log-probs [n, T] under the parameters now, differentiable.
-            counted: False for a filler, whose rows have no say.
+            counted: [n], False for a borrowed row, which has no say.
             fresh: whether the parameters are still those that the iteration started with.
             denominator: of the whole optimiser step.
         """
@@ -48,12 +48,12 @@ class TraceTarget:
         self._batch = batch
 
     def loss(
-        self, rows: Sequence[int], current: torch.Tensor, *, counted: bool, fresh: bool, denominator: float
+        self, rows: Sequence[int], current: torch.Tensor, *, counted: Sequence[bool], fresh: bool, denominator: float
     ) -> LossParts:
         """The micro-batch's share of the mean cross-entropy."""
         picked = torch.tensor(rows)
         mask = self._batch.mask[picked, : current.shape[1]].to(current.device)
-        valid = (self._batch.valid[picked] & counted).to(current.device)
+        valid = (self._batch.valid[picked] & torch.tensor(counted)).to(current.device)
         return sft_loss(self._algorithm, current, mask, valid, denominator)
 
     def metrics(self) -> dict[str, float]:
@@ -88,10 +88,11 @@ class PolicyTarget:
         """Whether advantages depend on proximal log-probs: the divergence from the reference is in the reward."""
         return self._objective.beta > 0.0 and self._objective.kl.placement == "reward"
 
-    def remember(self, rows: Sequence[int], logprobs: torch.Tensor) -> None:
-        """Takes the proximal log-probs [n, T] of ``rows``."""
-        picked = torch.tensor(rows)
-        self._proximal[picked, : logprobs.shape[1]] = logprobs.detach().cpu()
+    def remember(self, rows: Sequence[int], logprobs: torch.Tensor, counted: Sequence[bool]) -> None:
+        """Takes the proximal log-probs [n, T] of those of ``rows`` that count."""
+        kept = torch.tensor(counted)
+        picked = torch.tensor(rows)[kept]
+        self._proximal[picked, : logprobs.shape[1]] = logprobs.detach().cpu()[kept]
         self._mine[picked] = True
 
     def share_proximal(self) -> None:
@@ -105,11 +106,11 @@ class PolicyTarget:
         self._advantages = advantages(self._objective, batch.rewards, kl, batch.group_ids, batch.mask, batch.valid)
 
     def loss(
-        self, rows: Sequence[int], current: torch.Tensor, *, counted: bool, fresh: bool, denominator: float
+        self, rows: Sequence[int], current: torch.Tensor, *, counted: Sequence[bool], fresh: bool, denominator: float
     ) -> LossParts:
         """The micro-batch's share of the policy loss."""
-        if fresh and counted:
-            self.remember(rows, current)
+        if fresh:
+            self.remember(rows, current, counted)
         batch = self._batch
         picked = torch.tensor(rows)
         width = current.shape[1]
@@ -118,7 +119,7 @@ class PolicyTarget:
             for tensor in (batch.mask, self._proximal, batch.behaviour, self._advantages.values)
         )
         reference = None if batch.reference is None else batch.reference[picked, :width].to(current.device)
-        valid = (batch.valid[picked] & counted).to(current.device)
+        valid = (batch.valid[picked] & torch.tensor(counted)).to(current.device)
         return policy_loss(
             self._objective,
             current,

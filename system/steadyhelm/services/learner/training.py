@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,12 +46,15 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimiserStep:
-    """The rows of one optimiser step, its loss's denominator over all ranks, and this rank's micro-batches."""
+    """The rows of one optimiser step, its loss's denominator over all ranks, and this rank's micro-batches.
+
+    A micro-batch is its rows and which of them count; borrowed ones do not.
+    """
 
     epoch: int
     rows: NDArray[np.int64]
     denominator: float
-    micro_batches: list[NDArray[np.int64]]
+    micro_batches: list[tuple[list[int], list[bool]]]
 
 
 @dataclass(slots=True)
@@ -110,6 +113,9 @@ class Training:
 
     def _plan(self, batch: IterationBatch) -> list[OptimiserStep]:
         run, algorithm = self._run, self._run.algorithm
+        if not bool(batch.valid.any()):
+            return []  # nothing to learn from
+        pad = self._padding(batch)
         epochs = 1 if isinstance(algorithm, Sft) else algorithm.epochs
         steps = []
         for epoch in range(epochs):
@@ -121,9 +127,18 @@ class Training:
                 )
                 if total > 0:  # a step of unscored rows only has nothing to learn from
                     dealt = plan.deal(rows, batch.lengths, self._engine.world_size, run.learner.micro_batch)
-                    mine = dealt[self._engine.rank]
+                    mine = [pad(micro_batch) for micro_batch in dealt[self._engine.rank]]
                     steps.append(OptimiserStep(epoch=epoch, rows=rows, denominator=total, micro_batches=mine))
         return steps
+
+    def _padding(self, batch: IterationBatch) -> Callable[[NDArray[np.int64]], tuple[list[int], list[bool]]]:
+        """``plan.padded`` for this batch."""
+        valid: NDArray[np.bool_] = batch.valid.numpy()
+        with_images = np.array([len(row.prompt.images) > 0 for row in batch.trajectories], np.bool_)
+        needed = self._engine.stage == 3 and self._engine.world_size > 1 and bool((with_images & valid).any())
+        usable = with_images & valid if needed else valid
+        filler = int(np.argmin(np.where(usable, batch.lengths, np.iinfo(np.int64).max)))
+        return lambda micro_batch: plan.padded(micro_batch, filler, with_images if needed else None)
 
     def _target(self, batch: IterationBatch, steps: Sequence[OptimiserStep]) -> Target:
         """The iteration's target, with the proximal log-probs of all rows whose step is not the first."""
@@ -141,17 +156,11 @@ class Training:
         return target
 
     def _remember_proximal(self, batch: IterationBatch, target: PolicyTarget, step: OptimiserStep) -> None:
-        # The model runs the vision tower for rows without images only where gradients are on, but under ZeRO-3 all
-        # ranks must gather the same weights: a batch that mixes rows with and without images keeps them on.
-        mixed = len({bool(row.prompt.images) for row in batch.trajectories}) > 1
-        keep = mixed and self._engine.stage == 3 and self._engine.world_size > 1
-        for micro_batch in step.micro_batches:
-            rows = plan.filled(micro_batch, step.rows)
+        for rows, counted in step.micro_batches:
             inputs = self._collate(batch, rows)
-            with span("learner", "proximal", computes=True), torch.set_grad_enabled(keep):
+            with span("learner", "proximal", computes=True), torch.no_grad():
                 logprobs, _, _ = self._engine.forward(inputs)
-            if len(micro_batch):
-                target.remember(rows, logprobs)
+            target.remember(rows, logprobs, counted)
 
     def _collate(self, batch: IterationBatch, rows: Sequence[int]) -> ModelBatch:
         with span("learner", "collate"):
@@ -163,18 +172,15 @@ class Training:
     ) -> None:
         broken = torch.zeros((), dtype=torch.float64, device=self._device)
         suspects: list[tuple[Sequence[int], torch.Tensor]] = []
-        for index, micro_batch in enumerate(step.micro_batches):
-            rows = plan.filled(micro_batch, step.rows)
+        for index, (rows, counted) in enumerate(step.micro_batches):
             inputs = self._collate(batch, rows)
             with span("learner", "forward", computes=True):
                 current, entropy, mask = self._engine.forward(inputs)
-                parts = target.loss(
-                    rows, current, counted=len(micro_batch) > 0, fresh=number == 0, denominator=step.denominator
-                )
-                if len(micro_batch):
-                    tally.add(parts, torch.where(mask, entropy, 0.0).double().sum())
-                    broken = broken + ~parts.loss.detach().isfinite() + parts.sums["nonfinite"]
-                    suspects.append((rows, ~current.detach().isfinite().all(1)))
+                parts = target.loss(rows, current, counted=counted, fresh=number == 0, denominator=step.denominator)
+                counts = torch.tensor(counted, device=current.device)
+                tally.add(parts, torch.where(mask & counts[:, None], entropy, 0.0).double().sum())
+                broken = broken + ~parts.loss.detach().isfinite() + parts.sums["nonfinite"]
+                suspects.append((rows, counts & ~current.detach().isfinite().all(1)))
                 last = index == len(step.micro_batches) - 1
                 failed = last and collectives.any_rank(float(broken) > 0)
             with span("learner", "backward", computes=True):
