@@ -86,7 +86,7 @@ class Columns(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         dtype, size, start = self._places[name]
-        return np.frombuffer(self._view, dtype, size, start) if size else np.empty(0, dtype)
+        return np.frombuffer(self._view, dtype, size, start) if size else np.frombuffer(b"", dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

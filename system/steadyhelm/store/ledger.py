@@ -44,7 +44,6 @@ class Ledger:
         """
         records: dict[PromptId, Record] = {}
         for manifest in batches:
-            _check_shards(manifest)
             for prompt_id, outcome in manifest.outcomes.items():
                 kind, colon, rest = outcome.partition(":")
                 if kind not in OUTCOMES or (kind != TRAINED) != bool(colon and rest):
@@ -54,6 +53,7 @@ class Ledger:
                 if kind == "replaced" and PromptId(rest) not in manifest.outcomes:
                     raise _broken(manifest, prompt_id, f"was replaced by {rest!r}, which has no record")
                 records[prompt_id] = Record(iteration=manifest.iteration, outcome=outcome)
+            _check_shards(manifest)
         return cls(records)
 
     def check_issued(self, issued: Iterable[PromptId]) -> None:

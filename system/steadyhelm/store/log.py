@@ -42,7 +42,7 @@ from steadyhelm.errors import (
 )
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.layout import RunLayout
-from steadyhelm.store.records import Json, dumps, from_json, loads, object_refs, to_json
+from steadyhelm.store.records import Json, dumps, from_json, loads, object_refs, plain, to_json
 
 KINDS = frozenset({"attempt", "batch", "weights", "checkpoint", "eval", "finished"})
 """What an entry can say."""
@@ -304,13 +304,14 @@ class CommitLog(LogView):
 
         After an error that leaves the outcome open (RetryableError, StoreError) the same call may be made again; it
         commits once. Raises FencedError where another attempt has taken over, and StoreError where the entry
-        contradicts the log (a second batch of an iteration).
+        contradicts the log (a second batch of an iteration). NaN and infinities in ``payload`` are kept as the
+        strings ``"nan"``, ``"inf"`` and ``"-inf"``.
         """
         if kind not in KINDS or kind == "attempt":
             known = ", ".join(sorted(KINDS - {"attempt"}))
             raise StoreError(f"a driver cannot append a log entry of kind {kind!r}: use one of {known}")
         with self._lock:
-            return self._append(kind, self._mine, dict(payload))
+            return self._append(kind, self._mine, plain(payload))
 
     def commit_batch(self, manifest: BatchManifest) -> Entry:
         """Commits the batch of the next iteration, its objects flushed. Raises FencedError, StoreError."""
@@ -435,8 +436,8 @@ class CommitLog(LogView):
 
 
 def make_entry(seq: int, kind: str, attempt: int, nonce: str, prev: str, payload: Json) -> Entry:
-    """An entry with its checksum. Raises ValueError, TypeError where JSON cannot hold the payload exactly."""
-    parsed = loads(dumps(payload), "the payload")
+    """An entry with its checksum; NaN and infinities in the payload become strings. Raises TypeError."""
+    parsed = loads(dumps(plain(payload)), "the payload")
     entry = Entry(seq=seq, kind=kind, attempt=attempt, nonce=nonce, prev=prev, payload=parsed, checksum="")
     checksum = xxhash.xxh3_128_hexdigest(dumps(_body(entry)))
     return Entry(seq=seq, kind=kind, attempt=attempt, nonce=nonce, prev=prev, payload=parsed, checksum=checksum)

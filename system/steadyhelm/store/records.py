@@ -1,6 +1,7 @@
 """The wire records of ``data.types`` as JSON, and back, exactly.
 
-A record is an object with one member per field, a mapping an object, a tuple an array, an enum its value. Reading is
+A record is an object with one member per field, a mapping an object, a tuple an array, an enum its value, a number
+that JSON lacks one of the strings ``"nan"``, ``"inf"`` and ``"-inf"``. Reading is
 strict: a missing or unknown member or a value of another type is a CorruptObjectError that names the place.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -18,6 +20,7 @@ from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, Sh
 from steadyhelm.errors import CorruptObjectError
 
 R = TypeVar("R")
+NON_FINITE = ("nan", "inf", "-inf")
 Json = dict[str, Any]
 """A JSON object."""
 
@@ -26,7 +29,7 @@ def to_json(record: object) -> Json:
     """The record as a JSON object. Raises TypeError for a value that JSON has no form for."""
     if not dataclasses.is_dataclass(record) or isinstance(record, type):
         raise TypeError(f"{type(record).__name__} is not a record")
-    return {field.name: _encode(getattr(record, field.name)) for field in dataclasses.fields(record)}
+    return {field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
 
 
 def from_json(kind: type[R], data: object, place: str) -> R:
@@ -70,15 +73,21 @@ def _shard_refs(shard: ShardRecord) -> tuple[ObjectRef, ...]:
     return tuple(ref for ref in (shard.rollout, shard.reference, shard.reward) if ref is not None)
 
 
-def _encode(value: object) -> Any:
+def plain(value: object) -> Any:
+    """What JSON writes for ``value``: a record, a number, a string, or tuples, lists and mappings of such.
+
+    Raises TypeError for anything else.
+    """
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {_key(key): _encode(item) for key, item in value.items()}
+        return {_key(key): plain(item) for key, item in value.items()}
     return to_json(value)
 
 
@@ -112,7 +121,9 @@ def _decode(kind: Any, data: object, place: str) -> object:
             return _record(kind, data, place)
         if issubclass(kind, Enum) and isinstance(data, str) and data in {member.value for member in kind}:
             return kind(data)
-        if kind in (str, bool, int, float) and type(data) is kind:
+        if kind is float and (type(data) in (int, float) or data in NON_FINITE):
+            return float(cast(float, data))
+        if kind in (str, bool, int) and type(data) is kind:
             return data
     expected = getattr(kind, "__name__", str(kind)) if origin is None else getattr(origin, "__name__", str(origin))
     raise CorruptObjectError(
