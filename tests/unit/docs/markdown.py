@@ -1,0 +1,44 @@
+"""Reading of the repository's Markdown pages."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
+
+_FENCE = re.compile(r"^```(\S*)[ ]?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """The fenced blocks of a page: language, the file that the block is, and its text."""
+    return [(m[1], m[2], m[3]) for m in _FENCE.finditer(page.read_text())]
+
+
+def files(page: Path) -> dict[str, str]:
+    """The files that the page has its reader write."""
+    return {file: text for _, file, text in blocks(page) if file}
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return _FENCE.sub("", page.read_text())
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of shell blocks and inline code that are commands."""
+    shell = [
+        line.partition(" #")[0].strip() for lang, _, text in blocks(page) if lang == "sh" for line in text.splitlines()
+    ]
+    inline = re.findall(r"`([^`\n]+)`", prose(page))
+    return [text for text in (*shell, *inline) if re.match(r"(steadyhelm|make) ", text)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
