@@ -7,7 +7,7 @@ import json
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,14 @@ from steadyhelm import __version__
 from steadyhelm.config import RunFile
 from steadyhelm.config.load import diff_run_files
 from steadyhelm.data.types import PolicyVersion
-from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError
+from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError, ResourceError, StoreError
 from steadyhelm.loop import IterationReport, Loop, Services
+from steadyhelm.models.folder import require_model_folder
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog
-from steadyhelm.telemetry import EvalDone, EventSink, IterationDone, Notice, RunStarted, metrics_log
+from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +82,14 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     store = open_store(run_file.store.uri)
     layout = RunLayout(choose_run_id(run_file, store, options))
     _require_model(run_file)
-    with held(store, layout.run, take_over=options.take_over):
+    with held(store, layout.run, take_over=options.take_over), _scraped(run_file, layout.run, tell) as told:
         _settle_run_file(run_file, store, layout, options.accept_changes)
         log = CommitLog.read(store, layout.run)
         if log.finished() is not None:
-            tell(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
+            told(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
             return 0
         log = CommitLog.take_over(store, layout.run, "resume" if log.attempt else "start")
-        return asyncio.run(Driver(run_file, base, options.address, store, layout, log, tell).drive())
+        return asyncio.run(Driver(run_file, base, options.address, store, layout, log, told).drive())
 
 
 def evaluate(run_file: RunFile, base: Path, model: str | None, pairs: int) -> dict[str, float]:
@@ -178,8 +179,11 @@ class Driver:
             except asyncio.CancelledError:
                 if self._signal is None:
                     raise
-            finally:
-                self._metrics.flush()
+            except Exception:
+                with suppress(StoreError):  # what ended the run is what the user has to read
+                    self._metrics.flush()
+                raise
+            self._metrics.flush()
         if self._signal is None:
             return 0
         self._tell(
@@ -308,13 +312,44 @@ def _silent(_: Any) -> None:
 
 
 def _require_model(run_file: RunFile) -> None:
-    """Raises ModelError where ``model.path`` is no model folder, before anything is started."""
+    """Raises ModelError where ``model.path`` lacks files of a model folder, before anything is started."""
     path = run_file.model.path
-    if path and not (Path(path) / "config.json").is_file():
+    if not path:
+        return
+    try:
+        require_model_folder(Path(path).absolute(), trust_remote_code=run_file.model.trust_remote_code)
+    except ModelError as error:
         raise ModelError(
-            f"model.path {path!r} is no model folder (no config.json in {Path(path).absolute()}): run the SFT cold "
-            "start that makes it, or give a Hugging Face model folder"
-        )
+            f"model.path {path!r} cannot be used: {error}; where an SFT run makes that folder, finish that run first"
+        ) from error
+
+
+@contextmanager
+def _scraped(run_file: RunFile, run_id: str, tell: EventSink) -> Iterator[EventSink]:
+    """Yields ``tell`` with Prometheus' endpoint at ``runtime.metrics_port`` behind it. Raises ResourceError."""
+    port = run_file.runtime.metrics_port
+    if not port:
+        yield tell
+        return
+    from steadyhelm.telemetry.prometheus import LatestMetrics, serve_prometheus
+
+    latest = LatestMetrics(run_id)
+    try:
+        _, stop = serve_prometheus(latest, port)
+    except OSError as error:
+        raise ResourceError(
+            f"runtime.metrics_port {port} cannot be opened ({error.strerror}): choose another port, or 0 for none"
+        ) from error
+
+    def told(event: Event) -> None:
+        if isinstance(event, IterationDone | EvalDone):
+            latest.update(event.metrics)
+        tell(event)
+
+    try:
+        yield told
+    finally:
+        stop()
 
 
 async def _with_model(place: Any, tell: EventSink) -> Any:

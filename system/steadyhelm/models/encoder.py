@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from steadyhelm.data.types import ImageKey
 from steadyhelm.errors import DataError, ModelError
+from steadyhelm.models.folder import VOCABULARIES
 from steadyhelm.models.images import CACHE_BYTES, ImageArrays, ImageCache, ImageFetch
 from steadyhelm.models.load import is_multimodal, load_config
 
@@ -32,7 +33,6 @@ _VISION_FIELDS = (
     "vision_end_token_id",
     "vision_token_id",
 )
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _USER_TEXT = "\ue000user text\ue001"
 """Stands for the user's text while the chat template is rendered; private-use characters, so no template has it."""
 
@@ -208,9 +208,9 @@ class PromptEncoder:
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    if not trust_remote_code and not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not trust_remote_code and not any((folder / name).is_file() for name in VOCABULARIES):
         # Transformers would build a tokenizer of special tokens alone.
-        raise ModelError(f"model folder {folder} has no tokenizer ({_VOCABULARIES[0]}): save it with the model")
+        raise ModelError(f"model folder {folder} has no tokenizer ({VOCABULARIES[0]}): save it with the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True

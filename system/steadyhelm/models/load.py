@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils.logging import disable_progress_bar
 
 from steadyhelm.errors import ModelError
+from steadyhelm.models.folder import require_config
 
 MROPE_MODELS = ("qwen2_vl", "qwen2_5_vl")
 """Multimodal model types whose three-part rotary positions ``models.batch`` computes."""
@@ -29,10 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The model folder's Transformers configuration. Raises ModelError where the folder holds no usable model."""
     path = Path(folder)
-    if not path.is_dir():
-        raise ModelError(f"model folder {path} does not exist: set model.path to a Hugging Face model folder")
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model folder {path} has no config.json: save the model with save_pretrained first")
+    require_config(path)
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from steadyhelm.config import RunFile
 from steadyhelm.data.code_ref import call_code
 from steadyhelm.data.types import ObjectRef, PolicyVersion
 from steadyhelm.errors import ModelError
+from steadyhelm.models.folder import require_model_folder
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.folders import fetch_folder, put_folder
 from steadyhelm.store.layout import RunLayout
@@ -70,11 +71,13 @@ def model(place: RunPlace) -> tuple[ObjectRef, ...]:
         folder = Path(scratch) / "model"
         folder.mkdir()
         call_code(Path(place.base), place.run.model.factory, folder, place.run.seed)
-        if not (folder / "config.json").is_file():
+        try:
+            require_model_folder(folder, trust_remote_code=place.run.model.trust_remote_code)
+        except ModelError as error:
             raise ModelError(
-                f"model.factory {place.run.model.factory} wrote no config.json: it must save a Hugging Face model "
-                "folder (model, tokenizer, chat template, image processor) where its first argument says"
-            )
+                f"model.factory {place.run.model.factory}: {error}; it must save a Hugging Face model folder (model, "
+                "tokenizer, chat template, image processor) where its first argument says"
+            ) from error
         return put_folder(place.store, place.layout.start, folder)
 
 

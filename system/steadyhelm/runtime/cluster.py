@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from steadyhelm.errors import ResourceError
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's shared memory. Only keys and small records pass through Ray, so its smallest useful size is plenty."""
+
+
+LISTEN_S = 10.0
+"""How long the address of a cluster to join may take to accept a connection."""
 
 
 def environment(run: RunFile) -> dict[str, str]:
@@ -53,13 +58,13 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     runtime_env = {"env_vars": variables}
     if address:
+        _require_listener(address)
+        # One try: Ray's own default asks a port that answers something else for a quarter of an hour.
+        os.environ["RAY_gcs_server_port_wait_time_s"] = "1"  # noqa: SIM112 - Ray's own spelling
         try:
             ray.init(address=address, namespace=run.name, runtime_env=runtime_env, log_to_driver=False)
         except (ConnectionError, RuntimeError) as error:
-            raise ResourceError(
-                f"No Ray cluster answers at runtime.address {address!r} ({error}). Start it, or leave the address "
-                "empty to run on this machine."
-            ) from error
+            raise _no_cluster(address, error) from error
         try:
             with tempfile.TemporaryDirectory(prefix="steadyhelm-ray-") as folder:
                 yield folder
@@ -84,6 +89,24 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_listener(address: str) -> None:
+    """Raises ResourceError where nothing listens at ``host:port``; Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto": Ray looks for the cluster itself, and answers at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"No Ray cluster answers at runtime.address {address!r} ({error}). Start it, or leave the address "
+        "empty to run on this machine."
+    )
 
 
 def _require_shared_memory(folder: Path = Path("/dev/shm")) -> None:  # noqa: S108 - the kernel's shared memory
