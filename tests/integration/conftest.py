@@ -1,6 +1,5 @@
 """A small real run: the tiny Qwen2.5-VL from its factory, digits, and a reward that random completions earn too."""
 
-import json
 import os
 import shutil
 import signal
@@ -110,14 +109,13 @@ class Run:
         segments = {key: bytes(self.store.get(key)) for key in self.store.list(prefix)}
         return {line.iteration: names.exact(line.metrics) for line in join_segments(segments)}
 
+    def left_of(self, processes: list[psutil.Process], timeout_s: float = 30) -> list[str]:
+        """The command lines of those that still run after ``timeout_s``."""
+        _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+        return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
     def trained(self) -> list[str]:
         return [pid for batch in self.log.batches() for pid, outcome in batch.outcomes.items() if outcome == "trained"]
-
-
-def none_left(processes: list[psutil.Process], timeout_s: float = 30) -> list[str]:
-    """The command lines of those that still run after ``timeout_s``."""
-    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
-    return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
@@ -154,5 +152,4 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(folder)
     run.start()
     assert run.finish() == 0, run.text()
-    json.dumps(run.exact_metrics())
     return run

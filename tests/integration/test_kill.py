@@ -2,8 +2,6 @@
 
 import signal
 
-from tests.integration.conftest import none_left
-
 
 def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_behind(make_run, undisturbed):
     run = make_run()
@@ -11,7 +9,7 @@ def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_beh
     run.wait_for(lambda log: log.last_iteration >= 3)
     tree = run.tree()
     run.kill(run.process.pid)
-    assert none_left(tree) == []
+    assert run.left_of(tree) == []
     run.start()
     assert run.finish() == 0, run.text()
     assert run.log.attempt == 2
@@ -42,7 +40,7 @@ def test_a_signal_ends_the_run_cleanly_and_says_how_to_go_on(make_run, undisturb
     tree = run.tree()
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 128 + signal.SIGTERM, run.text()
-    assert none_left(tree) == []
+    assert run.left_of(tree) == []
     assert "--id small-transformers goes on" in run.text()
     checkpoint = run.log.checkpoint()
     assert checkpoint is not None

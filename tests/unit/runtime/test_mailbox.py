@@ -20,9 +20,7 @@ async def rank(mailbox: Mailbox, number: int, world: int, process: str, answers:
 
 async def test_a_call_returns_rank_zeros_value_once_all_ranks_have_answered():
     mailbox = Mailbox()
-    ranks = [
-        asyncio.create_task(rank(mailbox, n, 2, f"p{n}", {"step": Outcome(value=f"from {n}")})) for n in range(2)
-    ]
+    ranks = [asyncio.create_task(rank(mailbox, n, 2, f"p{n}", {"step": Outcome(value=f"from {n}")})) for n in range(2)]
     assert await mailbox.call("step", ()) == "from 0"
     await mailbox.stop()
     assert await asyncio.gather(*ranks) == [["step", "stop"], ["step", "stop"]]
