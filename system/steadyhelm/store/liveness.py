@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from steadyhelm.errors import FatalError, StoreError
 from steadyhelm.store import LocalStore, ObjectStore
 from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.local import remedy
 
 LOCKS = ".locks"
 """Folder of the lock files under a local store's root; the dot keeps it out of listings."""
@@ -43,13 +44,11 @@ def held(store: ObjectStore, run: str, *, take_over: bool = False) -> Iterator[b
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StoreError(
-            f"cannot make the lock {path}: {error.strerror}; let this user write there or point store.uri elsewhere"
-        ) from error
+        raise StoreError(f"cannot make the lock {path}: {remedy(error)}") from error
     try:
         locked = _lock(descriptor, str(path))
         if locked:
-            _sign(descriptor)
+            _sign(descriptor, str(path))
         elif not take_over:
             raise FatalError(
                 f"another driver is running run {run!r} in {store.uri} ({_signature(descriptor)}): wait for it, stop "
@@ -72,11 +71,14 @@ def _lock(descriptor: int, place: str) -> bool:
     return True
 
 
-def _sign(descriptor: int) -> None:
+def _sign(descriptor: int, place: str) -> None:
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode()
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text, 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text, 0)
+    except OSError as error:
+        raise StoreError(f"cannot write the lock {place}: {remedy(error)}") from error
 
 
 def _signature(descriptor: int) -> str:

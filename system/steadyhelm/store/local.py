@@ -251,8 +251,13 @@ class LocalStore:
         code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno or 0
         if isinstance(error, FileExistsError):
             code = errno.ENOTDIR  # mkdir met an object where a folder should be
-        remedy = _REMEDIES.get(code, f"{error.strerror or error}: check the disk, then resume the run")
-        return StoreError(f"cannot {verb} {key!r} in {self.uri}: {remedy}")
+        return StoreError(f"cannot {verb} {key!r} in {self.uri}: {remedy(error, code)}")
+
+
+def remedy(error: OSError, code: int = 0) -> str:
+    """What ``error`` (counted as ``code`` where that is given) means and what to do about it, to end a message with."""
+    words = f"{error.strerror or error}: check the disk, then resume the run"
+    return _REMEDIES.get(code or error.errno or 0, words)
 
 
 def check_range(key: str, start: int, length: int, size: int) -> None:
