@@ -8,6 +8,7 @@ nor ray and answer at once.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from enum import StrEnum
@@ -230,18 +231,29 @@ def exit_code(error: BaseException) -> int:
 
 
 def main() -> None:
-    """The console script: runs a command, turns errors into one clear line on stderr and an exit code."""
+    """The console script: runs a command, turns errors into one clear line on stderr and an exit code.
+
+    An error that is not ours is a bug and shows its traceback.
+    """
     from steadyhelm.errors import SteadyhelmError
 
     try:
         app()
-    except SteadyhelmError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        print(f"steadyhelm: {error}", file=sys.stderr)
-        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        ours = isinstance(error, SteadyhelmError)
+        if "--debug" in sys.argv or not ours:
+            _complain(traceback.format_exc().rstrip())
+        _complain(f"steadyhelm: {error}" if ours else "steadyhelm: this error is not an expected one: report it")
+        sys.exit(exit_code(error))
+
+
+def _complain(text: str) -> None:
+    """Prints to stderr without the secrets of the environment: a message may quote a user's code or a URL."""
+    from steadyhelm.telemetry.logs import redact, secret_values
+
+    print(redact(text, secret_values(os.environ)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ Fed by the events of ``telemetry.events`` alone; knows neither loop nor driver.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -21,6 +23,7 @@ from rich.text import Text
 
 from steadyhelm.telemetry import EvalDone, Event, IterationDone, Notice, RunStarted, ServiceState
 from steadyhelm.telemetry import metrics as names
+from steadyhelm.telemetry.logs import redact, secret_values
 
 EVENTS_SHOWN = 5
 HISTORY = 40  # iterations in a spark line
@@ -149,6 +152,7 @@ class Display:
     ) -> None:
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._quiet = quiet
+        self._secrets = secret_values(os.environ)
         self._progress = Progress(clock)
         self._lock = threading.Lock()
         self._live: Live | None = None
@@ -172,7 +176,9 @@ class Display:
             self._live.stop()
 
     def update(self, event: Event) -> None:
-        """Takes an event; from any thread."""
+        """Takes an event; from any thread. Secrets of the environment are not shown."""
+        if isinstance(event, Notice):
+            event = replace(event, text=redact(event.text, self._secrets))
         with self._lock:
             self._progress.take(event)
             line = self._line(event)
