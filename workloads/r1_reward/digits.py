@@ -4,144 +4,109 @@ The images are the 1,797 digits of the UCI data set that scikit-learn ships, 8×
 Every text (a question and two responses, in that order) is paired with as many images that make response 1 right as
 with images that make response 2 right, in training and in evaluation alike. So the text alone says nothing about the
 label: a judge that does not look scores exactly one half. No image is in both splits.
+
+The cold start's traces are nearly all for one kind of question ("Which digit is it?"); what "larger", "smaller",
+"odd" and "even" mean is left for reinforcement learning to find from the labels.
 """
 
 from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-
 from steadyhelm.data.types import PreferencePair
 
 IMAGE_SIDE = 56
 """Side of an image in pixels: four image tokens at a patch of 14 and a merge of 2×2."""
 EVAL_SHARE = 0.2
 """Share of each digit's images that is held out."""
-TRAIN_COPIES = {"which": 24, "size": 60, "parity": 240}
+TRAIN_COPIES = {"which": 20, "size": 173, "parity": 300}
 """Training pairs per form, ordered text and label."""
-EVAL_COPIES = {"which": 8, "size": 20, "parity": 80}
+EVAL_COPIES = {"which": 6, "size": 52, "parity": 90}
 """Held-out pairs per form, ordered text and label."""
+SFT_COPIES = {"which": 48, "size": 12, "parity": 30}
+"""Traces per form, ordered text and label."""
 SPLIT_SEED = 1797
 """Fixes the split, the pairing and the order of the pairs; not a setting of a run."""
 
 DIGITS = range(10)
-OPENINGS = ("The image shows {digit}{remark}.", "I see {digit}{remark}.", "This is {digit}{remark}.")
-MIDDLES = ("Response {right} says {word}.", "Response {wrong} is wrong.")
-CLOSINGS = ("Response {right} is better.", "So Response {right} is better.")
+BOUNDS = range(3, 7)
+"""What a digit is compared with in the questions of the form ``size``."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """A text of the task: a question, two responses, and for each response the digits that make it right.
 
-    Example: ``Claim("which", "Which digit is it?", ("It is 3.", "It is 5."), ("3", "5"), ((3,), (5,)))``
+    Example: ``Claim("parity", "Is it odd or even?", ("odd", "even"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))``
     """
 
     form: str
     question: str
-    responses: tuple[str, str]
     words: tuple[str, str]
     digits: tuple[tuple[int, ...], tuple[int, ...]]
 
-    def remark(self, digit: int) -> str:
-        """What a trace says of the digit beyond its name."""
-        word = self.words[0] if digit in self.digits[0] else self.words[1]
-        if self.form == "size":
-            return f", {word} than {self.question[:-1].split()[-1]}"
-        return f", {word}" if self.form == "parity" else ""
+    @property
+    def responses(self) -> tuple[str, str]:
+        """The two responses in the order in which the prompt shows them."""
+        return f"It is {self.words[0]}.", f"It is {self.words[1]}."
+
+    def reversed(self) -> Claim:
+        """The same question with the responses in the other order."""
+        return Claim(self.form, self.question, self.words[::-1], self.digits[::-1])
 
 
 def claims() -> list[Claim]:
-    """Every text of the task, both orders of each two responses included (90 + 16 + 2)."""
+    """Every text of the task, each in both orders of its responses: 90 of ``which``, 8 of ``size``, 2 of ``parity``."""
     which = [
-        Claim("which", "Which digit is it?", (f"It is {a}.", f"It is {b}."), (str(a), str(b)), ((a,), (b,)))
-        for a in DIGITS
-        for b in DIGITS
-        if a != b
+        Claim("which", "Which digit is it?", (str(first), str(second)), ((first,), (second,)))
+        for first in DIGITS
+        for second in range(first)
     ]
-    sides = {k: (("larger", tuple(range(k + 1, 10))), ("smaller", tuple(range(k)))) for k in range(1, 9)}
-    halves = (("odd", (1, 3, 5, 7, 9)), ("even", (0, 2, 4, 6, 8)))
-    return [
-        *which,
-        *(
-            claim
-            for k, pair in sides.items()
-            for claim in _both_orders("size", f"Is it larger or smaller than {k}?", pair)
-        ),
-        *_both_orders("parity", "Is it odd or even?", halves),
+    size = [
+        Claim(
+            "size",
+            f"Is it larger or smaller than {bound}?",
+            ("larger", "smaller"),
+            (tuple(range(bound + 1, 10)), tuple(range(bound))),
+        )
+        for bound in BOUNDS
     ]
-
-
-def _both_orders(
-    form: str, question: str, pair: tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]
-) -> Iterator[Claim]:
-    for first, second in (pair, pair[::-1]):
-        words = (first[0], second[0])
-        yield Claim(form, question, (f"It is {words[0]}.", f"It is {words[1]}."), words, (first[1], second[1]))
+    parity = Claim("parity", "Is it odd or even?", ("odd", "even"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))
+    return [ordered for claim in (*which, *size, parity) for ordered in (claim, claim.reversed())]
 
 
 def template(question: str, response_1: str, response_2: str) -> str:
-    """The user message: the question, the two responses and what is asked of the judge."""
-    return f"{question}\nResponse 1: {response_1}\nResponse 2: {response_2}\nWhich is better?"
+    """The user message: the question and the two responses."""
+    return f"{question}\nResponse 1: {response_1}\nResponse 2: {response_2}"
 
 
-def trace(claim: Claim, label: int, digit: int, variant: int) -> str:
-    """A completion to imitate, in the format that the format reward asks for.
+def trace(claim: Claim, label: int, digit: int) -> str:
+    """A completion to imitate: what is seen, what each response says, which is better, the answer.
+
+    There is one wording: words picked at random would be noise that the policy gradient has to average out.
 
     Args:
         claim: the text that is judged.
         label: 1 or 2, the right response.
         digit: what the image shows.
-        variant: which of the twelve wordings.
     """
-    slots = {
-        "digit": digit,
-        "remark": claim.remark(digit),
-        "right": label,
-        "wrong": 3 - label,
-        "word": claim.words[label - 1],
-    }
-    opening = OPENINGS[variant % 3]
-    middle = MIDDLES[variant // 3 % 2]
-    closing = CLOSINGS[variant // 6 % 2]
-    thought = f"{opening} {middle} {closing}".format(**slots)
-    return f"<think>{thought}</think><answer>{label}</answer>"
+    seen = f"{digit}" if claim.form == "which" else f"{digit}, {claim.words[label - 1]}"
+    said = f"Response 1 says {claim.words[0]}. Response 2 says {claim.words[1]}."
+    return f"<think>The image shows {seen}. {said} Response {label} is better.</think><answer>{label}</answer>"
 
 
 def texts() -> list[str]:
-    """Every user message and every trace of the task, for the tokenizer's training and its test."""
-    messages = [template(claim.question, *claim.responses) for claim in claims()]
-    traces = [
-        trace(claim, label, digit, variant)
-        for claim in claims()
-        for label in (1, 2)
-        for digit in claim.digits[label - 1]
-        for variant in range(12)
+    """Every user message and every trace of the task: what the tokenizer is trained on."""
+    every = claims()
+    return [template(claim.question, *claim.responses) for claim in every] + [
+        trace(claim, label, digit) for claim in every for label in (1, 2) for digit in claim.digits[label - 1]
     ]
-    return [*messages, *traces]
-
-
-@cache
-def _images() -> tuple[tuple[bytes, ...], NDArray[np.int64]]:
-    """PNG bytes and digit of all 1,797 images."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    grey, digits = load_digits(return_X_y=True)
-    levels = np.rint(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    pixels = levels.repeat(IMAGE_SIDE // 8, axis=1).repeat(IMAGE_SIDE // 8, axis=2)
-    encoded = []
-    for picture in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).convert("RGB").save(buffer, format="PNG")
-        encoded.append(buffer.getvalue())
-    return tuple(encoded), np.asarray(digits, dtype=np.int64)
 
 
 def split() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
@@ -157,31 +122,77 @@ def split() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
 
 
 def train_pairs() -> Sequence[PreferencePair]:
-    """The training pairs, each with a trace for the order in which its responses stand."""
+    """The pairs for reinforcement learning."""
     return _pairs("train", split()[0], TRAIN_COPIES, SPLIT_SEED + 1)
+
+
+def sft_pairs() -> Sequence[PreferencePair]:
+    """The cold start's pairs, on training images; each trace fits the order in which its responses stand."""
+    return _pairs("sft", split()[0], SFT_COPIES, SPLIT_SEED + 2)
 
 
 def eval_pairs() -> Sequence[PreferencePair]:
     """The held-out pairs: images that no training pair shows."""
-    return _pairs("eval", split()[1], EVAL_COPIES, SPLIT_SEED + 2)
+    return _pairs("eval", split()[1], EVAL_COPIES, SPLIT_SEED + 3)
 
 
-def _pairs(name: str, images: dict[int, list[int]], copies: dict[str, int], seed: int) -> list[PreferencePair]:
-    encoded, digits = _images()
-    rng = np.random.default_rng(seed)
+def blank_train_pairs() -> Sequence[PreferencePair]:
+    """``train_pairs`` with every image black: what the text-only baseline learns from."""
+    return _blanked(train_pairs())
+
+
+def blank_sft_pairs() -> Sequence[PreferencePair]:
+    """``sft_pairs`` with every image black; the traces still name the digit, which can only be guessed."""
+    return _blanked(sft_pairs())
+
+
+def blank_eval_pairs() -> Sequence[PreferencePair]:
+    """``eval_pairs`` with every image black."""
+    return _blanked(eval_pairs())
+
+
+def _blanked(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    black = _png(np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint8))
+    return [replace(pair, images=(black,)) for pair in pairs]
+
+
+@cache
+def _images() -> tuple[tuple[bytes, ...], NDArray[np.int64]]:
+    """PNG bytes and digit of all 1,797 images."""
+    from sklearn.datasets import load_digits
+
+    grey, digits = load_digits(return_X_y=True)
+    levels = np.rint(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    pixels = levels.repeat(IMAGE_SIDE // 8, axis=1).repeat(IMAGE_SIDE // 8, axis=2)
+    return tuple(_png(picture) for picture in pixels), np.asarray(digits, dtype=np.int64)
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _drawn(images: dict[int, list[int]], copies: dict[str, int]) -> Iterable[tuple[Claim, int, int, int]]:
+    """(claim, label, digit, image), each label of each text equally often; a digit's images take turns."""
     turns: dict[int, int] = defaultdict(int)
-    drawn: list[tuple[Claim, int, int]] = []
     for claim in claims():
         for label in (1, 2):
             right = claim.digits[label - 1]
             for copy in range(copies[claim.form]):
                 digit = right[copy % len(right)]
-                drawn.append((claim, label, images[digit][turns[digit] % len(images[digit])]))
+                yield claim, label, digit, images[digit][turns[digit] % len(images[digit])]
                 turns[digit] += 1
+
+
+def _pairs(name: str, images: dict[int, list[int]], copies: dict[str, int], seed: int) -> list[PreferencePair]:
+    encoded, _ = _images()
+    drawn = list(_drawn(images, copies))
     pairs = []
-    for number, position in enumerate(rng.permutation(len(drawn)).tolist()):
-        claim, label, image = drawn[position]
-        digit = int(digits[image])
+    for number, position in enumerate(np.random.default_rng(seed).permutation(len(drawn)).tolist()):
+        claim, label, digit, image = drawn[position]
         pairs.append(
             PreferencePair(
                 pair_id=f"{name}-{number}",
@@ -189,7 +200,7 @@ def _pairs(name: str, images: dict[int, list[int]], copies: dict[str, int], seed
                 responses=claim.responses,
                 label=label,
                 images=(encoded[image],),
-                trace=trace(claim, label, digit, int(rng.integers(12))),
+                trace=trace(claim, label, digit) if name == "sft" else None,
                 meta={"form": claim.form, "digit": str(digit), "image": str(image)},
             )
         )
