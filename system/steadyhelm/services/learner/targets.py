@@ -74,12 +74,7 @@ class PolicyTarget:
         self._batch = batch
         self._proximal = torch.zeros_like(batch.behaviour)
         self._mine = torch.zeros(len(batch), dtype=torch.bool)  # rows whose log-probs this rank computed
-        broken = torch.nonzero(batch.valid & ~batch.rewards.isfinite()).flatten().tolist()
-        if broken:
-            raise NonFiniteError(
-                f"iteration {batch.iteration}: the reward of prompts {prompt_ids(batch, broken)} is not finite but "
-                "marked valid; nothing was applied and the last checkpoint is kept: correct the reward term"
-            )
+        _check_finite(batch)
         if not self.needs_proximal_first:
             self.set_advantages()
 
@@ -149,6 +144,21 @@ class PolicyTarget:
             total = torch.where(mine, self._proximal - self._batch.reference, 0.0).double().sum()
             metrics[names.KL] = float(collectives.summed(total)) / tokens
         return metrics
+
+
+def _check_finite(batch: IterationBatch) -> None:
+    """Raises NonFiniteError where a row that counts has a reward or a log-prob that is not finite."""
+    given = {"reward": (batch.rewards[:, None], "correct the reward term")}
+    given["engine's log-probs"] = (batch.behaviour, "look at the engine that sampled them")
+    if batch.reference is not None:
+        given["reference log-probs"] = (batch.reference, "look at the reference model")
+    for what, (values, remedy) in given.items():
+        broken = torch.nonzero(batch.valid & ~values.isfinite().all(1)).flatten().tolist()
+        if broken:
+            raise NonFiniteError(
+                f"iteration {batch.iteration}: the {what} of prompts {prompt_ids(batch, broken)} are not finite; "
+                f"nothing was applied and the last checkpoint is kept: {remedy}"
+            )
 
 
 def prompt_ids(batch: IterationBatch, rows: Sequence[int], limit: int = 8) -> str:
