@@ -412,7 +412,8 @@ class CommitLog(LogView):
         return FencedError(
             f"run {self.run!r} in {self._store.uri} was taken over: entry {found.seq} of its log is of attempt "
             f"{found.attempt}, and now {latest} has it; this is attempt {self._mine} (pid {os.getpid()}), which must "
-            "stop: follow the new one with 'steadyhelm watch'"
+            f"stop: nothing committed is lost, the files under '{self._layout.metrics_prefix}' show how the new one "
+            "gets on, and starting again with --take-over takes the run back"
         )
 
     def _landed(self, entry: Entry) -> Entry | None:

@@ -104,6 +104,14 @@ def test_a_stale_driver_is_fenced_off_and_told_by_whom(store):
     assert CommitLog.read(store, "run").last_iteration == 2
 
 
+def test_a_fenced_driver_says_what_its_user_can_do_and_names_existing_commands_only(store):
+    first = CommitLog.take_over(store, "run", "start")
+    CommitLog.take_over(store, "run", "resume")
+    with pytest.raises(FencedError, match=r"under 'run/metrics/' show .* with --take-over takes") as raised:
+        first.commit_batch(batch(1))
+    assert "'steadyhelm" not in str(raised.value)
+
+
 def test_a_stale_driver_that_reads_on_is_fenced_off_all_the_same(store):
     first = CommitLog.take_over(store, "run", "start")
     CommitLog.take_over(store, "run", "resume")
