@@ -112,8 +112,8 @@ async def _evaluate(run_file: RunFile, base: Path, store: ObjectStore, pairs: in
 
     layout = RunLayout("evaluation")
     place = build.RunPlace(run=run_file, run_id=layout.run, attempt=0, base=str(base), store_uri=store.uri)
-    with cluster.cluster(run_file, run_file.runtime.address):
-        place = await _with_model(place, _silent)
+    with cluster.cluster(run_file, run_file.runtime.address) as scratch:
+        place = await _with_model(replace(place, scratch=scratch), _silent)
         prompts = handles.PromptsHandle(run_file, partial(build.prompts, place), _silent)
         rollout = handles.RolloutHandle(run_file, partial(build.rollout, place), _silent)
         try:
@@ -200,7 +200,7 @@ class Driver:
         """Starts the services and drives the loop; whatever ends it ends the services."""
         with ExitStack() as stack:
             scratch = stack.enter_context(session)
-            place = await _with_model(place, self._tell)
+            place = await _with_model(replace(place, scratch=scratch), self._tell)
             async with self._services(place, scratch) as services:
                 self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
                 async for report in self._loop.iterations():

@@ -30,7 +30,8 @@ class RunPlace:
     """Where a run is: what every service's process has to know.
 
     ``base`` is the run file's folder; ``store_uri`` opens the run's store from anywhere; ``model`` is a model folder's
-    path, or empty where the run's factory made one, which ``model_refs`` then name.
+    path, or empty where the run's factory made one, which ``model_refs`` then name. ``scratch`` is a folder of the
+    driver's machine that goes away with the run.
     """
 
     run: RunFile
@@ -40,6 +41,7 @@ class RunPlace:
     store_uri: str
     model: str = ""
     model_refs: tuple[ObjectRef, ...] = ()
+    scratch: str = ""
 
     @property
     def layout(self) -> RunLayout:
@@ -56,7 +58,8 @@ class RunPlace:
         if self.model:
             return self.model
         name = f"steadyhelm-{self.model_refs[0].xxh3[:16]}-"
-        folder = tempfile.mkdtemp(prefix=name)
+        here = self.scratch if self.scratch and Path(self.scratch).is_dir() else None
+        folder = tempfile.mkdtemp(prefix=name, dir=here)
         fetch_folder(self.store, self.model_refs, self.layout.start, Path(folder))
         return folder
 

@@ -47,6 +47,7 @@ class LearnerGroup:
         self._mailbox: Any = None
         self._over: asyncio.Future[BaseException | None] | None = None
         self._thread: threading.Thread | None = None
+        self._joined = False
 
     def launch(self) -> None:
         """Starts the group; ``ready`` awaits it. Must be called inside the event loop that will await it."""
@@ -71,6 +72,7 @@ class LearnerGroup:
     async def ready(self) -> None:
         """Returns once all ranks are there. Raises DeadlineError, FatalError."""
         await self._await(self._mailbox.ready.remote(), "the learner group's start", self._run.runtime.start_deadline_s)
+        self._joined = True
 
     async def processes(self) -> dict[int, str]:
         """``"host:pid"`` of each rank."""
@@ -111,8 +113,9 @@ class LearnerGroup:
         """Ends the ranks and waits for Ray Train to be done with them."""
         if self._mailbox is None or self._over is None:
             return
-        await self._mailbox.stop.remote()
-        await asyncio.wait({self._over}, timeout=20.0)
+        if self._joined:  # ranks that are still starting hear nothing; they end with the Ray session
+            await self._mailbox.stop.remote()
+            await asyncio.wait({self._over}, timeout=20.0)
         ray.kill(self._mailbox)
 
     async def _call(self, name: str, arguments: tuple[Any, ...], doing: str, deadline_s: float = 0.0) -> Any:
