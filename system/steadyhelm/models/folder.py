@@ -9,7 +9,7 @@ from steadyhelm.errors import ModelError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Files of which a tokenizer is made; one of them is there."""
-_WEIGHTS = ("*.safetensors", "*.bin")
+_PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 def require_config(folder: Path) -> None:
@@ -20,6 +20,19 @@ def require_config(folder: Path) -> None:
         raise ModelError(f"model folder {folder} has no config.json: save the model with save_pretrained first")
 
 
+def require_weights(folder: Path) -> None:
+    """Raises ModelError unless ``folder`` has safetensors weights: pickled ones are not read, reading executes them."""
+    if next(folder.glob("*.safetensors"), None):
+        return
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model folder {folder} has pickled weights only ({pickled[0]}), which are not read because that executes "
+            "what is in them: convert the model where you trust it, with save_pretrained(safe_serialization=True)"
+        )
+    raise ModelError(f"model folder {folder} has no weights (*.safetensors): save the whole model there")
+
+
 def require_model_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Raises ModelError where a file is missing that every service would miss: told before anything is started.
 
@@ -28,8 +41,7 @@ def require_model_folder(folder: Path, *, trust_remote_code: bool = False) -> No
         trust_remote_code: whether code in the folder may bring its own tokenizer, which is then not looked for.
     """
     require_config(folder)
-    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
-        raise ModelError(f"model folder {folder} has no weights (*.safetensors): save the whole model there")
+    require_weights(folder)
     if trust_remote_code:
         return
     if not any((folder / name).is_file() for name in VOCABULARIES):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils.logging import disable_progress_bar
 
 from steadyhelm.errors import ModelError
-from steadyhelm.models.folder import require_config
+from steadyhelm.models.folder import require_config, require_weights
 
 MROPE_MODELS = ("qwen2_vl", "qwen2_5_vl")
 """Multimodal model types whose three-part rotary positions ``models.batch`` computes."""
@@ -72,12 +72,13 @@ def load_model(
         device: torch device name.
 
     Raises:
-        ModelError: the folder, its config or its weights are missing, incomplete or unsupported.
+        ModelError: the folder, its config or its weights are missing, incomplete, pickled or unsupported.
     """
     path = Path(folder)
     config = load_config(path, trust_remote_code=trust_remote_code)
     if dtype not in _DTYPES:
         raise ModelError(f"model.dtype is {dtype!r}: use one of {', '.join(_DTYPES)}")
+    require_weights(path)
     disable_progress_bar()  # the run's own display shows what a service is doing
     factory = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
     try:
@@ -88,6 +89,7 @@ def load_model(
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            use_safetensors=True,  # a folder with both kinds has its pickles ignored
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -3,8 +3,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from steadyhelm.errors import ModelError
+from steadyhelm.models.folder import require_model_folder
 from steadyhelm.models.load import load_model
 
 
@@ -33,8 +35,31 @@ def test_a_config_that_cannot_be_read_is_refused(folder: Path, content: str) -> 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"weights in model folder .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"has no weights \(\*\.safetensors\): save the whole model there"):
         load_model(folder, dtype="float32")
+
+
+@pytest.fixture
+def pickled(folder: Path) -> Path:
+    """The same model with its weights as a pickle, which Transformers would load by itself."""
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin")
+    path.unlink()
+    return folder
+
+
+def test_pickled_weights_are_refused_and_the_remedy_is_named(pickled: Path) -> None:
+    remedy = r"pickled weights only \(pytorch_model\.bin\).*save_pretrained\(safe_serialization=True\)"
+    with pytest.raises(ModelError, match=remedy):
+        load_model(pickled, dtype="float32")
+    with pytest.raises(ModelError, match=remedy):
+        require_model_folder(pickled)
+
+
+def test_a_stray_safetensors_file_does_not_let_pickled_weights_in(pickled: Path) -> None:
+    save_file({"stray": torch.zeros(1)}, pickled / "stray.safetensors")
+    with pytest.raises(ModelError, match=r"weights in model folder .* cannot be loaded"):
+        load_model(pickled, dtype="float32")
 
 
 def test_weights_cut_short_are_refused(folder: Path) -> None:
