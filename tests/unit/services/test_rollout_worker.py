@@ -14,6 +14,7 @@ from steadyhelm.errors import CorruptObjectError, DataError, ModelError, ObjectM
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.services import ShardOrder
 from steadyhelm.services.reference import ReferenceScorer, ReferenceSpec
+from steadyhelm.services.rollout.shards import put_shard
 from steadyhelm.services.rollout.traces import TraceRollout
 from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker
 from steadyhelm.store import ObjectStore, open_store
@@ -127,6 +128,14 @@ async def test_the_same_order_again_adopts_its_shard_without_sampling(
     first = await worker.rollout(order)
     again = await worker.rollout(order)
     assert again.value == first.value
+    assert again.metrics == names.exact(first.metrics)
+    assert set(again.metrics) == {
+        names.ROLLOUT_SAMPLES,
+        names.ROLLOUT_TOKENS,
+        names.LENGTH_MEAN,
+        names.LENGTH_MAX,
+        names.TRUNCATED_RATE,
+    }
     assert not [span for span in again.spans if span.computes]
 
 
@@ -135,7 +144,20 @@ async def test_two_tries_of_one_order_at_the_same_time_agree_on_one_shard(tiny_m
     order = order_of(prompts(store))
     first, second = await asyncio.gather(*(worker.rollout(order) for worker in workers))
     assert first.value == second.value
+    assert names.exact(first.metrics) == names.exact(second.metrics)
     await asyncio.gather(*(worker.close() for worker in workers))
+
+
+async def test_a_try_that_comes_second_has_the_metrics_of_the_shard_that_stands(
+    worker: RolloutWorker, store: ObjectStore
+) -> None:
+    order = order_of(prompts(store, 3))
+    first = await worker.rollout(order)
+    shorter = [
+        replace(item, tokens=item.tokens[:2], logprobs=item.logprobs[:2], versions=item.versions[:2])
+        for item in decode_rollout(store.read(first.value.rollout))
+    ]
+    assert put_shard(store, order, shorter).metrics == names.exact(first.metrics)
 
 
 async def test_another_orders_shard_under_the_key_is_refused(worker: RolloutWorker, store: ObjectStore) -> None:
@@ -164,7 +186,9 @@ async def test_an_overlong_prompt_is_left_out_where_the_run_file_says_drop(
     all_dropped = order_of((wanted[1],), key="t/batches/000001/1-0001.rollout")
     empty = (await worker.rollout(all_dropped)).value
     assert (empty.prompt_ids, empty.num_tokens) == ((), 0)
-    assert (await worker.rollout(all_dropped)).value == empty
+    again = await worker.rollout(all_dropped)
+    assert again.value == empty
+    assert again.metrics == {names.ROLLOUT_SAMPLES: 0.0, names.ROLLOUT_TOKENS: 0.0}
     await worker.close()
 
 
@@ -209,7 +233,9 @@ async def test_traces_become_trajectories_with_logprobs_of_zero(tiny_model: Path
         assert not trajectory.logprobs.any()
         assert len(trajectory.logprobs) == len(trajectory.versions) == len(trajectory.tokens)
     assert not [span for span in served.spans if span.computes]
-    assert (await worker.rollout(order_of(wanted, sampling=sampling))).value == served.value
+    again = await worker.rollout(order_of(wanted, sampling=sampling))
+    assert (again.value, again.metrics) == (served.value, served.metrics)
+    assert again.metrics[names.ROLLOUT_TOKENS] == served.value.num_tokens
 
 
 async def test_a_long_trace_is_cut_and_marked_and_a_missing_one_is_an_error(

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from steadyhelm import telemetry
-from steadyhelm.data.types import ObjectRef, ShardRecord, Trajectory
+from steadyhelm.data.types import FinishReason, ObjectRef, ShardRecord, Trajectory
 from steadyhelm.errors import CorruptObjectError, ObjectExistsError
 from steadyhelm.services import ShardOrder
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.checksum import byte_views, make_ref
 from steadyhelm.store.codec import decode_rollout, encode_rollout
+from steadyhelm.telemetry import metrics as names
 
 
-def put_shard(store: ObjectStore, order: ShardOrder, trajectories: Sequence[Trajectory]) -> ShardRecord:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutShard:
+    """A shard that is in the store: its record, and its metrics by the names of ``telemetry``.
+
+    Both are of the stored trajectories, so every try of an order answers with the same ones.
+
+    Example: ``PutShard(record=ShardRecord(...), metrics={"rollout/tokens": 4210.0, ...})``
+    """
+
+    record: ShardRecord
+    metrics: Mapping[str, float]
+
+
+def put_shard(store: ObjectStore, order: ShardOrder, trajectories: Sequence[Trajectory]) -> PutShard:
     """Puts the order's shard; where another try of the same order was first, that one's stands.
 
     Raises CorruptObjectError where the object under the order's key is not its shard, StoreError.
@@ -25,11 +40,11 @@ def put_shard(store: ObjectStore, order: ShardOrder, trajectories: Sequence[Traj
             adopted = adopt_shard(store, order)
             assert adopted is not None
             return adopted
-        return _record(order, ref, trajectories)
+        return _put(order, ref, trajectories)
 
 
-def adopt_shard(store: ObjectStore, order: ShardOrder) -> ShardRecord | None:
-    """The record of the order's shard as an earlier try left it, or None. Raises CorruptObjectError."""
+def adopt_shard(store: ObjectStore, order: ShardOrder) -> PutShard | None:
+    """The order's shard as an earlier try left it, or None. Raises CorruptObjectError."""
     if not store.exists(order.key):
         return None
     data = store.get(order.key)
@@ -42,12 +57,24 @@ def adopt_shard(store: ObjectStore, order: ShardOrder) -> ShardRecord | None:
             f"object {order.key} holds the trajectories of other prompts than its order names: two runs share one "
             "store folder, or the run file changed; use another run name"
         )
-    return _record(order, ref, trajectories)
+    return _put(order, ref, trajectories)
 
 
-def _record(order: ShardOrder, ref: ObjectRef, trajectories: Sequence[Trajectory]) -> ShardRecord:
+def shard_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Counts and lengths [tokens] of a shard's completions; a shard without any has no lengths."""
+    lengths = [len(trajectory.tokens) for trajectory in trajectories]
+    found = {names.ROLLOUT_SAMPLES: float(len(lengths)), names.ROLLOUT_TOKENS: float(sum(lengths))}
+    if lengths:
+        truncated = sum(trajectory.finish is FinishReason.LENGTH for trajectory in trajectories)
+        found[names.LENGTH_MEAN] = sum(lengths) / len(lengths)
+        found[names.LENGTH_MAX] = float(max(lengths))
+        found[names.TRUNCATED_RATE] = truncated / len(lengths)
+    return found
+
+
+def _put(order: ShardOrder, ref: ObjectRef, trajectories: Sequence[Trajectory]) -> PutShard:
     versions = [version for item in trajectories for version in (int(item.versions.min()), int(item.versions.max()))]
-    return ShardRecord(
+    record = ShardRecord(
         shard=order.shard,
         rollout=ref,
         prompt_ids=tuple(trajectory.prompt.prompt_id for trajectory in trajectories),
@@ -55,3 +82,4 @@ def _record(order: ShardOrder, ref: ObjectRef, trajectories: Sequence[Trajectory
         min_version=min(versions, default=order.min_version),
         max_version=max(versions, default=order.min_version),
     )
+    return PutShard(record=record, metrics=shard_metrics(trajectories))

@@ -13,7 +13,7 @@ from steadyhelm.errors import DataError
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.services import Served, ShardOrder
 from steadyhelm.services.rollout.shards import adopt_shard, put_shard
-from steadyhelm.services.rollout.worker import RolloutSpec, make_encoder, rollout_metrics
+from steadyhelm.services.rollout.worker import RolloutSpec, make_encoder
 from steadyhelm.store import ObjectStore, open_store
 
 
@@ -60,14 +60,11 @@ class TraceRollout:
     async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
         """Puts the order's traces as a shard. Raises DataError, CorruptObjectError."""
         with telemetry.collect() as spans:
-            record = await asyncio.to_thread(adopt_shard, self._store, order)
-            if record is not None:
-                return Served(value=record, spans=tuple(spans))
-            trajectories = await asyncio.to_thread(self._trajectories, order.prompts, order.sampling.max_new_tokens)
-            record = await asyncio.to_thread(put_shard, self._store, order, trajectories)
-        metrics = rollout_metrics(trajectories, 0.0)
-        metrics.pop(telemetry.metrics.ROLLOUT_TOKENS_PER_S, None)
-        return Served(value=record, spans=tuple(spans), metrics=metrics)
+            put = await asyncio.to_thread(adopt_shard, self._store, order)
+            if put is None:
+                trajectories = await asyncio.to_thread(self._trajectories, order.prompts, order.sampling.max_new_tokens)
+                put = await asyncio.to_thread(put_shard, self._store, order, trajectories)
+        return Served(value=put.record, spans=tuple(spans), metrics=put.metrics)
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
         """Does nothing: traces have no policy."""

@@ -148,6 +148,7 @@ class RolloutWorker:
     async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
         """Samples the order's completions and puts the shard; an order whose shard exists already is not sampled again.
 
+        Its metrics are then the first call's, read off the shard, without the speed, which only sampling has.
         Prompts above ``data.max_prompt_tokens`` are missing from the record where ``data.overlong`` is ``drop``.
 
         Raises:
@@ -156,9 +157,9 @@ class RolloutWorker:
             CorruptObjectError: an object under the order's key is not its shard.
         """
         with telemetry.collect() as spans:
-            record = await asyncio.to_thread(adopt_shard, self._store, order)
-            if record is not None:
-                return Served(value=record, spans=tuple(spans))
+            put = await asyncio.to_thread(adopt_shard, self._store, order)
+            if put is not None:
+                return Served(value=put.record, spans=tuple(spans), metrics=put.metrics)
             requests = await asyncio.to_thread(self._encode, order.prompts)
             started = time.monotonic()
             async with self._turn:
@@ -167,8 +168,10 @@ class RolloutWorker:
                 completions = await self._generate(requests, order)
                 generated_s = time.monotonic() - started
             trajectories = await asyncio.to_thread(self._trajectories, order.prompts, requests, completions)
-            record = await asyncio.to_thread(put_shard, self._store, order, trajectories)
-        return Served(value=record, spans=tuple(spans), metrics=rollout_metrics(trajectories, generated_s))
+            put = await asyncio.to_thread(put_shard, self._store, order, trajectories)
+        sampled = sum(len(trajectory.tokens) for trajectory in trajectories)
+        speed = {names.ROLLOUT_TOKENS_PER_S: sampled / max(generated_s, 1e-9)} if sampled else {}
+        return Served(value=put.record, spans=tuple(spans), metrics={**put.metrics, **speed})
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
         """Returns once the engine serves ``weights``. Raises CorruptObjectError, ModelError."""
@@ -260,19 +263,3 @@ class RolloutWorker:
                 for prompt in prompts
                 if (done := completions.get(prompt.prompt_id)) is not None
             ]
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory], generated_s: float) -> dict[str, float]:
-    """Counts, lengths and speed of a shard; ``generated_s`` is how long its generation took."""
-    lengths = [len(trajectory.tokens) for trajectory in trajectories]
-    if not lengths:
-        return {names.ROLLOUT_SAMPLES: 0.0, names.ROLLOUT_TOKENS: 0.0}
-    truncated = sum(trajectory.finish is FinishReason.LENGTH for trajectory in trajectories)
-    return {
-        names.ROLLOUT_SAMPLES: float(len(lengths)),
-        names.ROLLOUT_TOKENS: float(sum(lengths)),
-        names.ROLLOUT_TOKENS_PER_S: sum(lengths) / max(generated_s, 1e-9),
-        names.LENGTH_MEAN: sum(lengths) / len(lengths),
-        names.LENGTH_MAX: float(max(lengths)),
-        names.TRUNCATED_RATE: truncated / len(lengths),
-    }
