@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from steadyhelm.data.permutation import permutation
+
 
 def minibatches(n: int, train_batch: int, seed: int, iteration: int, epoch: int) -> list[NDArray[np.int64]]:
     """A permutation of 0 … n − 1 in chunks of ``train_batch``, the last one smaller where it does not divide.
 
-    The order sorts the raw output of Philox-4×64 keyed by (seed, iteration·2³² + epoch): a counter, so that an
-    iteration can be stepped again without the ones before it, and the same in every NumPy release.
+    The permutation is keyed by (seed, iteration·2³² + epoch): a counter, so that an iteration can be stepped again
+    without the ones before it. Iterations begin at 1, so no key is one of ``data.cursor``'s.
 
     Args:
         n: trajectories in the batch, unscored ones included, in the manifest's order.
@@ -30,6 +32,5 @@ def minibatches(n: int, train_batch: int, seed: int, iteration: int, epoch: int)
             f"minibatches(n={n}, train_batch={train_batch}, seed={seed}, iteration={iteration}, epoch={epoch}): "
             "numbers must not be negative and train_batch at least 1"
         )
-    bits = np.random.Philox(key=np.array([seed, (iteration << 32) + epoch], dtype=np.uint64))
-    order = np.argsort(bits.random_raw(n), kind="stable").astype(np.int64)
+    order = permutation(n, (seed, (iteration << 32) + epoch))
     return [order[start : start + train_batch] for start in range(0, n, train_batch)]

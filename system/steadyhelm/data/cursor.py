@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from steadyhelm.data.permutation import permutation
 from steadyhelm.data.types import PromptId
 
 _ID = re.compile(r"(\d+):(\d+)(?:s(\d+))?(?:r(\d+))?")
@@ -67,14 +68,13 @@ def parse_prompt_id(prompt_id: str) -> Place:
 
 
 def epoch_order(seed: int, epoch: int, num_records: int, *, shuffle: bool = True) -> NDArray[np.int64]:
-    """The records' order in ``epoch``: a permutation [N] of 0 … N−1 by Philox keyed with (seed, epoch).
+    """The records' order in ``epoch``: the permutation [N] of 0 … N−1 that is keyed by (seed, epoch).
 
     Without ``shuffle`` every epoch has the data set's own order.
     """
     if not shuffle:
         return np.arange(num_records, dtype=np.int64)
-    key = np.array([seed, epoch], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).permutation(num_records).astype(np.int64)
+    return permutation(num_records, (seed, epoch))
 
 
 def iteration_places(

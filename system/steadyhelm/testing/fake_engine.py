@@ -124,7 +124,7 @@ class FakeEngine:
             data = self._fetch_image(key)
             if not data.startswith(b"\x89PNG"):
                 raise DataError(f"image {key} of prompt {request.prompt_id!r} is not a PNG: replace or remove it")
-            total += np.random.default_rng((zlib.crc32(data), place)).normal(size=len(total))
+            total += 4.0 * _uniforms(len(total), (zlib.crc32(data), place)) - 2.0
         return total
 
     def _distribution(self, last: int, sight: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
@@ -143,7 +143,7 @@ class FakeEngine:
             if self._version.attempt != attempt:
                 raise RetryableError(f"weights {self._version} of another attempt came in flight: sampled anew")
             row = self._distribution(last, sight, 1.0 if sampling.greedy else sampling.temperature)
-            uniform = np.random.default_rng((request.seed, len(tokens))).random()
+            (uniform,) = _uniforms(1, (request.seed, len(tokens)))
             cdf = np.exp(row).cumsum()
             last = int(row.argmax() if sampling.greedy else np.searchsorted(cdf, uniform * cdf[-1], side="right"))
             tokens.append(last)
@@ -158,3 +158,9 @@ class FakeEngine:
             attempt=attempt,
             finish=FinishReason.STOP if last == self._eos_id else FinishReason.LENGTH,
         )
+
+
+def _uniforms(n: int, key: tuple[int, int]) -> NDArray[np.float64]:
+    """Numbers [n] in [0, 1): the upper 53 of each 64 bits of Philox keyed by ``key``."""
+    raw = np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(n)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
