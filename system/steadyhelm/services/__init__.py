@@ -49,7 +49,7 @@ class Served(Generic[T]):
 class ShardOrder:
     """One shard to roll out: an engine batch of prompts and the key its trajectories go to.
 
-    ``min_version`` is the oldest policy iteration that may sample its first token; None for traces (SFT).
+    ``min_version`` is the oldest policy iteration that may sample its first token; 0 for traces (SFT).
 
     Example: ``ShardOrder(key="digits/batches/000012/1-0.rollout", shard=0, prompts=(...), sampling=Sampling(...),
     min_version=11)``
