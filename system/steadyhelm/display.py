@@ -78,18 +78,17 @@ class Progress:
         self.evaluations: list[EvalDone] = []
         self.services: dict[str, ServiceState] = {}
         self.events: deque[tuple[float, Notice]] = deque(maxlen=EVENTS_SHOWN)
-        self._done_at: deque[float] = deque(maxlen=PACE_OVER + 1)
+        self._seconds: deque[float] = deque(maxlen=PACE_OVER)
 
     def take(self, event: Event) -> None:
         """Takes one event in."""
         if isinstance(event, RunStarted):
             self.run, self.iteration = event, event.first_iteration - 1
-            self._done_at.append(self.clock())
         elif isinstance(event, ServiceState):
             self.services[event.service] = event
         elif isinstance(event, IterationDone):
             self.iteration, self.metrics = event.iteration, event.metrics
-            self._done_at.append(self.clock())
+            self._seconds.append(event.metrics.get(names.ITERATION_SECONDS, 0.0))
             for name, value in event.metrics.items():
                 self.history.setdefault(name, deque(maxlen=HISTORY)).append(value)
         elif isinstance(event, EvalDone):
@@ -100,10 +99,9 @@ class Progress:
     @property
     def remaining_s(self) -> float | None:
         """Seconds to the run's end at the pace of the last iterations; None before there is a pace."""
-        if len(self._done_at) < 2 or not self.run.iterations:
+        if not any(self._seconds) or not self.run.iterations:
             return None
-        pace = (self._done_at[-1] - self._done_at[0]) / (len(self._done_at) - 1)
-        return pace * (self.run.iterations - self.iteration)
+        return sum(self._seconds) / len(self._seconds) * (self.run.iterations - self.iteration)
 
     @property
     def parts(self) -> list[str]:

@@ -173,7 +173,7 @@ class Runtime(Part):
     """Longest time for a service to start."""
     step_deadline_s: Seconds = 1800.0
     """Longest time for one learner step, publish or checkpoint."""
-    wait_notice_s: Seconds = 10.0
+    wait_notice_s: Seconds = 30.0
     """A wait that lasts longer says in the log what it waits for, and says so again after each such period."""
     cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """CPUs that each actor reserves in Ray; 0 lets a laptop share its cores."""

@@ -47,17 +47,20 @@ def test_without_a_terminal_an_iteration_is_one_line():
     assert shown == [
         "run digits-1: 60 iterations, in runs/digits-1",
         "iteration  1/60  reward 1.250  choice 0.750  format 1.000  length 36.2  5,123 tokens/s  2.5 s  "
-        "overhead 2.1 %  9:50 left",
+        "overhead 2.1 %  2:28 left",
         "iteration  2/60 (again)  reward 1.250  choice 0.750  format 1.000  length 36.2  5,123 tokens/s  2.5 s  "
-        "overhead 2.1 %  7:15 left",
+        "overhead 2.1 %  2:25 left",
         "evaluation after iteration 2: accuracy 80.0 % [75.0, 85.0]",
         "checkpoint [bold]2[/bold]",
     ]
 
 
 def test_a_run_without_rewards_shows_its_loss():
-    shown = lines(RunStarted(run="sft", iterations=3), IterationDone(iteration=1, metrics={"learner/loss": 0.5}))
-    assert shown[1] == "iteration 1/3  loss 0.5000  0:10 left"
+    shown = lines(
+        RunStarted(run="sft", iterations=3),
+        IterationDone(iteration=1, metrics={"learner/loss": 0.5, "seconds/iteration": 5.0}),
+    )
+    assert shown[1] == "iteration 1/3  loss 0.5000  5.0 s  0:10 left"
 
 
 def test_quiet_shows_warnings_and_errors_only():
@@ -86,7 +89,7 @@ def test_the_picture_shows_iteration_reward_accuracy_and_what_each_service_does_
     stream = io.StringIO()
     Console(file=stream, width=120).print(render(progress))
     picture = stream.getvalue()
-    for piece in ("2/60", "0:20, 9:40 left", "1.250", "5,123", "2.1 %", "accuracy 80.0 %", "checkpoint 2"):
+    for piece in ("2/60", "0:20, 2:25 left", "1.250", "5,123", "2.1 %", "accuracy 80.0 %", "checkpoint 2"):
         assert piece in picture
     assert "learner  waits for the batch of iteration 3  1:07" in picture
 
