@@ -20,6 +20,8 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's shared memory. Only keys and small records pass through Ray, so its smallest useful size is plenty."""
 
 
+START_TRIES = 3
+"""How often Ray may try to start here."""
 LISTEN_S = 10.0
 """How long the address of a cluster to join may take to accept a connection."""
 
@@ -51,7 +53,7 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
         A folder for the session's own files.
 
     Raises:
-        ResourceError: no room in shared memory, or no cluster answers at ``address``.
+        ResourceError: no room in shared memory, Ray does not start, or no cluster answers at ``address``.
     """
     variables = environment(run)
     os.environ.update(variables)
@@ -74,28 +76,43 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     _require_shared_memory()
     folder = tempfile.mkdtemp(prefix="steadyhelm-ray-")
     try:
-        ray.init(
-            address="local",
-            namespace=run.name,
-            include_dashboard=False,
-            num_cpus=os.cpu_count(),
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env=runtime_env,
-            _temp_dir=folder,
-        )
+        _start_ray(run, runtime_env, folder)
         yield folder
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _start_ray(run: RunFile, runtime_env: dict[str, dict[str, str]], folder: str) -> None:
+    """Starts Ray here; again where a busy machine took longer than Ray waits for its own processes (30 s, fixed)."""
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(
+                address="local",
+                namespace=run.name,
+                include_dashboard=False,
+                num_cpus=os.cpu_count(),
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=runtime_env,
+                _temp_dir=folder,
+            )
+            return
+        except Exception as error:  # Ray raises plain Exception for this
+            ray.shutdown()
+            if not left:
+                raise ResourceError(
+                    f"Ray did not start on this machine in {START_TRIES} tries ({error}): try again when it is less "
+                    "busy, or join a cluster with --address"
+                ) from error
+
+
 def _require_listener(address: str) -> None:
     """Raises ResourceError where nothing listens at ``host:port``; Ray itself would try for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        return  # "auto": Ray looks for the cluster itself, and answers at once
+        return  # "auto": Ray looks for the cluster itself
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_S).close()
     except (OSError, OverflowError) as error:
