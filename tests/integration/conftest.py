@@ -64,12 +64,12 @@ class Run:
         return [sys.executable, "-m", "steadyhelm.cli", "run", "run.yaml", *more]
 
     def start(self, *more: str) -> None:
-        self.output = (self.folder / "output.txt").open("a")
-        self.process = subprocess.Popen(
-            self.command(*more), cwd=self.folder, stdout=self.output, stderr=subprocess.STDOUT, text=True
-        )
+        with (self.folder / "output.txt").open("a") as output:
+            self.process = subprocess.Popen(
+                self.command(*more), cwd=self.folder, stdout=output, stderr=subprocess.STDOUT, text=True
+            )
 
-    def wait_for(self, holds: Callable[[LogView], bool], timeout_s: float = 200) -> None:
+    def wait_for(self, holds: Callable[[LogView], bool], timeout_s: float = 300) -> None:
         ends = time.monotonic() + timeout_s
         while not holds(self.log):
             assert self.process is not None
@@ -77,7 +77,7 @@ class Run:
             assert time.monotonic() < ends, f"nothing after {timeout_s} s:\n{self.text()}"
             time.sleep(0.1)
 
-    def finish(self, timeout_s: float = 240) -> int:
+    def finish(self, timeout_s: float = 400) -> int:
         assert self.process is not None
         return self.process.wait(timeout_s)
 
