@@ -16,14 +16,16 @@ from typing import Any
 from steadyhelm import __version__
 from steadyhelm.config import RunFile
 from steadyhelm.config.load import diff_run_files
-from steadyhelm.data.types import PolicyVersion
+from steadyhelm.data.types import PolicyVersion, PromptId
 from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError, ResourceError, StoreError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.models.folder import require_model_folder
+from steadyhelm.services import PromptSource
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.ledger import Ledger
 from steadyhelm.store.liveness import held
-from steadyhelm.store.log import CommitLog
+from steadyhelm.store.log import CommitLog, LogView
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
 
 
@@ -83,8 +85,8 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     layout = RunLayout(choose_run_id(run_file, store, options))
     _require_model(run_file)
     with held(store, layout.run, take_over=options.take_over), _scraped(run_file, layout.run, tell) as told:
-        _settle_run_file(run_file, store, layout, options.accept_changes)
         log = CommitLog.read(store, layout.run)
+        _settle_run_file(run_file, store, layout, options.accept_changes, log.last_iteration)
         if log.finished() is not None:
             told(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
             return 0
@@ -269,13 +271,19 @@ class Driver:
         return {int(entry.payload["iteration"]) for entry in self._log.entries if entry.kind == "eval"}
 
     async def _finish(self, services: Services) -> None:
-        """Exports the model, writes the report, and commits that the run is finished."""
+        """Checks the ledger, exports the model, writes the report, and commits that the run is finished.
+
+        Raises FatalError, before anything of that, where the ledger does not add up.
+        """
         from steadyhelm.report import write_report
 
+        after = _settled_after(self._store, self._layout)
+        ledger = await settle_ledger(self._log, services.prompts, after)
         await services.learner.export(self._layout.model)
         self._metrics.flush()
         place = await asyncio.to_thread(write_report, self._store, self._layout.run)
-        await asyncio.to_thread(self._log.finish, {"iterations": self._run.schedule.iterations})
+        payload = {"iterations": self._run.schedule.iterations, "ledger": ledger.counts(), "ledger_after": after}
+        await asyncio.to_thread(self._log.finish, payload)
         self._tell(
             Notice(text=f"Finished. The model is {self._layout.model}, the report {place} in {self._store.uri}.")
         )
@@ -373,12 +381,35 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _settle_run_file(run_file: RunFile, store: ObjectStore, layout: RunLayout, accept_changes: bool) -> None:
-    """Puts the run file of a new run; raises ConfigError where a known run's differs from it."""
-    record = {"format": 1, "steadyhelm": __version__, "run": run_file.model_dump(mode="json")}
-    data = json.dumps(record, indent=1).encode()
+async def settle_ledger(log: LogView, prompts: PromptSource, after: int) -> Ledger:
+    """What became of the prompts of the committed iterations behind ``after``, against those that were issued.
+
+    Raises FatalError where an issued prompt has no record or two, or where a record is of none.
+    """
+    batches = log.batches(after)
+    ledger = Ledger.of(batches)
+    issued: list[PromptId] = []
+    for manifest in batches:
+        issued += [prompt.prompt_id for prompt in (await prompts.prompts(manifest.iteration)).value]
+    ledger.check_issued(issued)
+    return ledger
+
+
+def _settled_after(store: ObjectStore, layout: RunLayout) -> int:
+    """The last iteration that was committed under another run file, which may have issued other prompts; 0: none."""
+    return int(json.loads(bytes(store.get(layout.run_file))).get("after", 0))
+
+
+def _settle_run_file(
+    run_file: RunFile, store: ObjectStore, layout: RunLayout, accept_changes: bool, committed: int
+) -> None:
+    """Puts the run file of a new run; raises ConfigError where a known run's differs from it.
+
+    A changed one is put with ``committed``, the last iteration that the former one holds for.
+    """
+    record = {"format": 1, "steadyhelm": __version__, "after": 0, "run": run_file.model_dump(mode="json")}
     try:
-        store.put(layout.run_file, data, if_absent=True)
+        store.put(layout.run_file, json.dumps(record, indent=1).encode(), if_absent=True)
         return
     except ObjectExistsError:
         known = RunFile.model_validate(json.loads(bytes(store.get(layout.run_file)))["run"])
@@ -391,4 +422,4 @@ def _settle_run_file(run_file: RunFile, store: ObjectStore, layout: RunLayout, a
             f"run {layout.run} exists with another run file:\n  {listed}\n"
             "Start a new run with --new, or go on under the changed file with --accept-changes."
         )
-    store.put(layout.run_file, data)
+    store.put(layout.run_file, json.dumps(record | {"after": committed}, indent=1).encode())

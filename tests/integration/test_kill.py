@@ -15,6 +15,7 @@ def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_beh
     assert run.log.attempt == 2
     assert run.trained() == undisturbed.trained()
     assert len(set(run.trained())) == len(run.trained()) == 96
+    assert run.log.finished() == {"iterations": 6, "ledger": {"trained": 96}, "ledger_after": 0}
     assert run.exact_metrics() == undisturbed.exact_metrics()
 
 

@@ -7,15 +7,20 @@ A replacement is a prompt of its own, which has to end in a record too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from steadyhelm.data.types import BatchManifest, PromptId
-from steadyhelm.errors import DataError
+from steadyhelm.errors import FatalError
 
 TRAINED = "trained"
 OUTCOMES = frozenset({TRAINED, "dropped", "replaced", "unscored"})
 """What can become of a prompt; all but ``trained`` say more behind a colon."""
+NAMED = 10
+"""How many ids a message names."""
+_REMEDY = (
+    "start a new run with --new; if the data set is what it was when this one began, report it as a fault of Steadyhelm"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +44,8 @@ class Ledger:
     def of(cls, batches: Iterable[BatchManifest]) -> Ledger:
         """The ledger of these batches.
 
-        Raises DataError where a prompt id has two records, where a trained id is in no shard or in two, where a
-        sample that a shard holds as valid has another record, or where a replacement has none.
+        Raises FatalError where a prompt id has two records, where a trained id is in no shard or in two, where a
+        sample that a shard holds as valid has another record, or where a replacement or a sample of a shard has none.
         """
         records: dict[PromptId, Record] = {}
         for manifest in batches:
@@ -57,7 +62,7 @@ class Ledger:
         return cls(records)
 
     def check_issued(self, issued: Iterable[PromptId]) -> None:
-        """Raises DataError unless exactly these prompts, and replacements of them, have a record."""
+        """Raises FatalError unless exactly these prompts, and replacements of them, have a record."""
         wanted = set(issued)
         lost = [prompt_id for prompt_id in wanted if prompt_id not in self.records]
         replacements = {
@@ -67,10 +72,9 @@ class Ledger:
         }
         extra = [prompt_id for prompt_id in self.records if prompt_id not in wanted | replacements]
         if lost or extra:
-            raise DataError(
-                f"the ledger has no record of {len(lost)} issued prompts (first: {min(lost, default='none')}) and "
-                f"records of {len(extra)} that were not issued (first: {min(extra, default='none')}): do not train "
-                "on, and report it as a fault of Steadyhelm"
+            raise FatalError(
+                f"the ledger has no record of {len(lost)} issued prompts ({_named(lost)}) and records of {len(extra)} "
+                f"that were not issued ({_named(extra)}): {_REMEDY}"
             )
 
     def counts(self) -> dict[str, int]:
@@ -98,10 +102,15 @@ def _check_shards(manifest: BatchManifest) -> None:
         raise _broken(manifest, prompt_id, "is recorded as trained, but is no valid sample of its shards")
     for prompt_id in sorted(valid - trained):
         raise _broken(manifest, prompt_id, "is a valid sample of its shards, but is not recorded as trained")
+    for prompt_id in sorted(held - manifest.outcomes.keys()):
+        raise _broken(manifest, prompt_id, "is in its shards, but has no record")
 
 
-def _broken(manifest: BatchManifest, prompt_id: PromptId, what: str) -> DataError:
-    return DataError(
-        f"batch {manifest.iteration}: prompt {prompt_id!r} {what}: do not train on, and report it as a fault of "
-        "Steadyhelm"
-    )
+def _named(prompt_ids: Sequence[PromptId]) -> str:
+    """The ids for a message, ``NAMED`` of them at most."""
+    more = ", …" if len(prompt_ids) > NAMED else ""
+    return ", ".join(sorted(prompt_ids)[:NAMED]) + more or "none"
+
+
+def _broken(manifest: BatchManifest, prompt_id: PromptId, what: str) -> FatalError:
+    return FatalError(f"batch {manifest.iteration}: prompt {prompt_id!r} {what}: {_REMEDY}")

@@ -1,6 +1,6 @@
 import pytest
 from steadyhelm.data.types import BatchManifest, ObjectRef, PolicyVersion, ShardRecord
-from steadyhelm.errors import DataError
+from steadyhelm.errors import FatalError
 from steadyhelm.store.ledger import Ledger, Record
 
 
@@ -40,10 +40,15 @@ def test_every_prompt_ends_in_one_record():
 
 def test_a_lost_prompt_and_one_that_nobody_issued_are_found():
     ledger = Ledger.of([FIRST, SECOND])
-    with pytest.raises(DataError, match=r"no record of 1 issued prompts \(first: 0:5\) and records of 0"):
+    with pytest.raises(FatalError, match=r"no record of 1 issued prompts \(0:5\) and records of 0 .*\(none\)"):
         ledger.check_issued(["0:0", "0:1", "0:2", "0:3", "0:4", "0:5"])
-    with pytest.raises(DataError, match=r"records of 1 that were not issued \(first: 0:4\)"):
+    with pytest.raises(FatalError, match=r"records of 1 that were not issued \(0:4\)"):
         ledger.check_issued(["0:0", "0:1", "0:2", "0:3"])
+
+
+def test_a_message_names_at_most_ten_of_many_lost_prompts():
+    with pytest.raises(FatalError, match=r"no record of 11 issued prompts \(1:0, 1:1, 1:10, .*, 1:8, …\)"):
+        Ledger.of([]).check_issued([f"1:{n}" for n in range(11)])
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,7 @@ def test_a_lost_prompt_and_one_that_nobody_issued_are_found():
         ([batch(1, {"0:0": "dropped:late"}, {"0:0": True})], "valid sample of its shards, but is not recorded"),
         ([batch(1, {}, {"0:0": True})], "valid sample of its shards, but is not recorded"),
         ([batch(1, {"0:0": "trained"}, {"0:0": True}, {"0:0": True})], "in its shards twice"),
+        ([batch(1, {}, {"0:0": False})], "'0:0' is in its shards, but has no record"),
         ([batch(1, {"0:0": "replaced:0:0r1"}, {"0:0": False})], "replaced by '0:0r1', which has no record"),
         ([batch(1, {"0:0": "lost"})], "'lost', which is no outcome"),
         ([batch(1, {"0:0": "dropped"})], "'dropped', which is no outcome"),
@@ -62,5 +68,5 @@ def test_a_lost_prompt_and_one_that_nobody_issued_are_found():
     ],
 )
 def test_a_ledger_that_does_not_add_up_is_refused(batches, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FatalError, match=message):
         Ledger.of(batches)
