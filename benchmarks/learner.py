@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import statistics
@@ -107,17 +108,13 @@ class Setting:
 @contextmanager
 def prepared(size: Size) -> Iterator[Setting]:
     """The digits task's prompts with its traces as completions, in a temporary folder."""
-    import digits
-    import tiny_model
-
+    digits, tiny_model = importlib.import_module("digits"), importlib.import_module("tiny_model")
     with tempfile.TemporaryDirectory() as scratch, _constants(tiny_model, size.model):
         folder = Path(scratch) / "model"
         tiny_model.build(folder, 0)
         store = open_store(str(Path(scratch) / "store"))
         encoder = PromptEncoder(folder, min_pixels=3136, max_pixels=501760, fetch=lambda key: get_image(store, key))
-        trajectories = [
-            _trajectory(n, pair, encoder, store) for n, pair in enumerate(digits.sft_pairs()[: size.rows])
-        ]
+        trajectories = [_trajectory(n, pair, encoder, store) for n, pair in enumerate(digits.sft_pairs()[: size.rows])]
         totals = np.random.default_rng(0).choice(np.array([2.0, 0.5], np.float32), size.rows)
         rewards = Rewards(
             total=totals, valid=np.ones(size.rows, np.bool_), components={}, detail=tuple({} for _ in totals)

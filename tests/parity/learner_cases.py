@@ -65,7 +65,7 @@ def cases():
         "bf16-2": case(run_file(dtype="bfloat16"), *TWO, ["save", None]),
         "bf16-3": case(run_file(dtype="bfloat16", zero_stage=3), *TWO, ["save", None]),
     }
-    for stage in (0, 2, 3):
+    for stage, worlds in ((0, (2,)), (2, (1, 2)), (3, (1, 2))):
         name = f"resume-{stage}"
         found[name] = case(
             run_file(zero_stage=stage),
@@ -80,6 +80,7 @@ def cases():
             ["step", "1"],
             ["step", "2"],
             ["publish", None],
+            worlds=worlds,
         )
     found |= {
         # of one rank at stage 2, taken up by two ranks at stage 3, and the other way round in memory layout
