@@ -5,8 +5,8 @@ Every text (a question and two responses, in that order) is paired with as many 
 with images that make response 2 right, in training and in evaluation alike. So the text alone says nothing about the
 label: a judge that does not look scores exactly one half. No image is in both splits.
 
-The cold start's traces are nearly all for one kind of question ("Which digit is it?"); what "larger", "smaller",
-"odd" and "even" mean is left for reinforcement learning to find from the labels.
+Nine in ten of the cold start's traces ask "Which digit is it?"; what "larger", "smaller", "odd" and "even" mean is
+mostly left for reinforcement learning to find from the labels.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ IMAGE_SIDE = 56
 """Side of an image in pixels: four image tokens at a patch of 14 and a merge of 2×2."""
 EVAL_SHARE = 0.2
 """Share of each digit's images that is held out."""
-TRAIN_COPIES = {"which": 20, "size": 173, "parity": 300}
+TRAIN_COPIES = {"which": 12, "size": 250, "parity": 270}
 """Training pairs per form, ordered text and label."""
-EVAL_COPIES = {"which": 6, "size": 52, "parity": 90}
+EVAL_COPIES = {"which": 4, "size": 82, "parity": 90}
 """Held-out pairs per form, ordered text and label."""
-SFT_COPIES = {"which": 48, "size": 12, "parity": 30}
+SFT_COPIES = {"which": 38, "size": 4, "parity": 275}
 """Traces per form, ordered text and label."""
 SPLIT_SEED = 1797
 """Fixes the split, the pairing and the order of the pairs; not a setting of a run."""
@@ -71,13 +71,13 @@ def claims() -> list[Claim]:
     size = [
         Claim(
             "size",
-            f"Is it larger or smaller than {bound}?",
-            ("larger", "smaller"),
-            (tuple(range(bound + 1, 10)), tuple(range(bound))),
+            f"Is it larger than {bound}, true or false?",
+            ("true", "false"),
+            (tuple(range(bound + 1, 10)), tuple(range(bound + 1))),
         )
         for bound in BOUNDS
     ]
-    parity = Claim("parity", "Is it odd or even?", ("odd", "even"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))
+    parity = Claim("parity", "Is it odd, true or false?", ("true", "false"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))
     return [ordered for claim in (*which, *size, parity) for ordered in (claim, claim.reversed())]
 
 
@@ -175,12 +175,14 @@ def _png(picture: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _drawn(images: dict[int, list[int]], copies: dict[str, int]) -> Iterable[tuple[Claim, int, int, int]]:
+def _drawn(
+    images: dict[int, list[int]], copies: dict[str, int], rng: np.random.Generator
+) -> Iterable[tuple[Claim, int, int, int]]:
     """(claim, label, digit, image), each label of each text equally often; a digit's images take turns."""
     turns: dict[int, int] = defaultdict(int)
     for claim in claims():
         for label in (1, 2):
-            right = claim.digits[label - 1]
+            right = rng.permutation(claim.digits[label - 1]).tolist()
             for copy in range(copies[claim.form]):
                 digit = right[copy % len(right)]
                 yield claim, label, digit, images[digit][turns[digit] % len(images[digit])]
@@ -189,9 +191,10 @@ def _drawn(images: dict[int, list[int]], copies: dict[str, int]) -> Iterable[tup
 
 def _pairs(name: str, images: dict[int, list[int]], copies: dict[str, int], seed: int) -> list[PreferencePair]:
     encoded, _ = _images()
-    drawn = list(_drawn(images, copies))
+    rng = np.random.default_rng(seed)
+    drawn = list(_drawn(images, copies, rng))
     pairs = []
-    for number, position in enumerate(np.random.default_rng(seed).permutation(len(drawn)).tolist()):
+    for number, position in enumerate(rng.permutation(len(drawn)).tolist()):
         claim, label, digit, image = drawn[position]
         pairs.append(
             PreferencePair(
