@@ -1,8 +1,8 @@
 """System overhead of an iteration: wall time in which neither an engine nor the learner computes, over wall time.
 
-Runs the digits recipe from a random model, for few iterations: once with an iteration of at least 20 s on two cores, and
-once as `make train` runs it. The share is what the run itself logs as ``overhead/share``: one minus the union of all
-spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over the wall time
+Runs the digits recipe from a random model, for few iterations: once with an iteration of at least 20 s on two cores,
+and once as `make train` runs it. The share is what the run itself logs as ``overhead/share``: one minus the union of
+all spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over the wall time
 from one iteration's report to the next. The first iteration of each run warms caches and does not count.
 """
 

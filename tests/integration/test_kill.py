@@ -1,4 +1,4 @@
-"""Real processes, really killed: nothing is lost, nothing is trained twice, and the numbers stay the same bit for bit."""
+"""Real processes, really killed: nothing is lost or trained twice, and the numbers stay the same bit for bit."""
 
 import signal
 

@@ -40,8 +40,8 @@ class Member:
 class Pool:
     """Equal actors of one service behind the service's own methods.
 
-    A call goes to the member with the fewest outstanding calls, once one has fewer than ``WIDTH``. A member that dies or misses a deadline is killed
-    and replaced, and its calls go to another.
+    A call goes to the member with the fewest outstanding calls, once one has fewer than ``WIDTH``. A member that dies
+    or misses a deadline is killed and replaced, and its calls go to another.
 
     Args:
         service: the service's name in messages.

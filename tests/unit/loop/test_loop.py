@@ -157,7 +157,8 @@ async def test_unscored_samples_stay_out_of_training_but_have_a_record():
     await drive(loop)
     assert services.learner.applied == [pid for pid in EVERY_ID if pid not in {"0:3", "0:12"}]
     outcomes = {k: v for m in CommitLog.read(store, "fake").batches() for k, v in m.outcomes.items()}
-    assert list(outcomes) and outcomes["0:3"] == "unscored:neutral" and outcomes["0:4"] == "trained"
+    assert outcomes["0:3"] == "unscored:neutral"
+    assert outcomes["0:4"] == "trained"
     assert len(outcomes) == 40
 
 
@@ -170,7 +171,8 @@ async def test_resampled_prompts_are_replaced_by_another_sample():
     reward = FakeReward(store=store, unscorable={"0:3", "0:12", "0:12r1"})
     loop, services, _ = make(store, with_policy("resample"), reward=reward)
     await drive(loop)
-    assert "0:3r1" in services.learner.applied and "0:12r2" in services.learner.applied
+    assert "0:3r1" in services.learner.applied
+    assert "0:12r2" in services.learner.applied
     assert len(services.learner.applied) == len(set(services.learner.applied)) == 40
     outcomes = {k: v for m in CommitLog.read(store, "fake").batches() for k, v in m.outcomes.items()}
     assert outcomes["0:12"] == "replaced:0:12r1"

@@ -39,7 +39,7 @@ class Worker:
             case ("sleep", _, seconds):
                 await asyncio.sleep(float(seconds))
             case ("die", _, file) if not os.path.exists(file):  # noqa: ASYNC240, PTH110
-                open(file, "w").close()  # noqa: ASYNC230, PTH123, SIM115
+                open(file, "w").close()  # noqa: ASYNC230, PTH123
                 os._exit(1)
             case ("die-always", _, _):
                 os._exit(1)
