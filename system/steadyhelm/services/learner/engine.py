@@ -100,6 +100,8 @@ class TrainEngine:
             dist_init_required=False,
         )
         self.stage: int = self.engine.zero_optimization_stage()
+        if self.stage == 0 and self.world_size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients to reduce them with nobody
         self.engine.train()
 
     def forward(self, *inputs: Any) -> Any:
