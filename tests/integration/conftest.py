@@ -139,6 +139,7 @@ def make_run(tmp_path: Path):
             for process in tree:
                 process.kill()
             psutil.wait_procs(tree, timeout=10)
+            run.process.wait()
 
 
 @pytest.fixture(scope="session")
