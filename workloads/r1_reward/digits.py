@@ -5,8 +5,10 @@ Every text (a question and two responses, in that order) is paired with as many 
 with images that make response 2 right, in training and in evaluation alike. So the text alone says nothing about the
 label: a judge that does not look scores exactly one half. No image is in both splits.
 
-Nine in ten of the cold start's traces ask "Which digit is it?"; what "larger", "smaller", "odd" and "even" mean is
-mostly left for reinforcement learning to find from the labels.
+The cold start's traces are about which digit it is and whether it is odd or even; what "larger than k" means is left
+for reinforcement learning to find from the labels (under one in a hundred traces asks it). All but the first are
+answered with "true" and "false", so that the cold start does teach to match those words with a response: else a word
+and its match would have to be right by chance together before the reward teaches anything.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ IMAGE_SIDE = 56
 """Side of an image in pixels: four image tokens at a patch of 14 and a merge of 2×2."""
 EVAL_SHARE = 0.2
 """Share of each digit's images that is held out."""
-TRAIN_COPIES = {"which": 12, "size": 250, "parity": 270}
+TRAIN_COPIES = {"which": 8, "size": 580, "parity": 135}
 """Training pairs per form, ordered text and label."""
-EVAL_COPIES = {"which": 4, "size": 82, "parity": 90}
+EVAL_COPIES = {"which": 3, "size": 170, "parity": 41}
 """Held-out pairs per form, ordered text and label."""
-SFT_COPIES = {"which": 38, "size": 4, "parity": 275}
+SFT_COPIES = {"which": 30, "size": 8, "parity": 310}
 """Traces per form, ordered text and label."""
 SPLIT_SEED = 1797
 """Fixes the split, the pairing and the order of the pairs; not a setting of a run."""
 
 DIGITS = range(10)
-BOUNDS = range(3, 7)
+BOUNDS = (4, 5)
 """What a digit is compared with in the questions of the form ``size``."""
 
 
@@ -43,7 +45,7 @@ BOUNDS = range(3, 7)
 class Claim:
     """A text of the task: a question, two responses, and for each response the digits that make it right.
 
-    Example: ``Claim("parity", "Is it odd or even?", ("odd", "even"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))``
+    Example: ``Claim("parity", "Is it odd, true or false?", ("true", "false"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))``
     """
 
     form: str
@@ -62,7 +64,7 @@ class Claim:
 
 
 def claims() -> list[Claim]:
-    """Every text of the task, each in both orders of its responses: 90 of ``which``, 8 of ``size``, 2 of ``parity``."""
+    """Every text of the task, both orders of its responses: 90 of ``which``, 4 of ``size``, 4 of ``parity``."""
     which = [
         Claim("which", "Which digit is it?", (str(first), str(second)), ((first,), (second,)))
         for first in DIGITS
@@ -77,8 +79,12 @@ def claims() -> list[Claim]:
         )
         for bound in BOUNDS
     ]
-    parity = Claim("parity", "Is it odd, true or false?", ("true", "false"), ((1, 3, 5, 7, 9), (0, 2, 4, 6, 8)))
-    return [ordered for claim in (*which, *size, parity) for ordered in (claim, claim.reversed())]
+    odd, even = (1, 3, 5, 7, 9), (0, 2, 4, 6, 8)
+    parity = [
+        Claim("parity", "Is it odd, true or false?", ("true", "false"), (odd, even)),
+        Claim("parity", "Is it even, true or false?", ("true", "false"), (even, odd)),
+    ]
+    return [ordered for claim in (*which, *size, *parity) for ordered in (claim, claim.reversed())]
 
 
 def template(question: str, response_1: str, response_2: str) -> str:

@@ -32,7 +32,7 @@ def test_no_picture_of_the_evaluation_is_seen_in_training_byte_for_byte(digits):
 def test_every_text_has_label_1_as_often_as_label_2(digits, pairs):
     labels = Counter((pair.question, pair.responses, pair.label) for pair in pairs)
 
-    assert len(labels) == 2 * 100  # 90 ordered pairs of digits, 4 bounds and odd or even in both orders
+    assert len(labels) == 2 * 98  # 90 ordered pairs of digits; 2 bounds, odd and even in both orders
     for question, responses, _ in labels:
         assert labels[question, responses, 1] == labels[question, responses, 2]
 
@@ -49,18 +49,17 @@ def test_the_label_names_the_response_that_is_true_of_the_image(digits, pairs):
         if pair.meta["form"] == "which":
             truth = f"It is {digit}."
         elif pair.meta["form"] == "parity":
-            truth = "It is odd." if digit % 2 else "It is even."
+            truth = "It is true." if (digit % 2 == 1) == ("odd" in pair.question) else "It is false."
         else:
-            bound = int(pair.question.split()[-1].rstrip("?"))
-            assert digit != bound
-            truth = "It is larger." if digit > bound else "It is smaller."
+            bound = int(pair.question.split(",")[0].split()[-1])
+            truth = "It is true." if digit > bound else "It is false."
         assert right == truth
         assert pair.meta["digit"] == str(digit)
 
 
 def test_at_least_2000_held_out_pairs_and_all_three_forms_in_any_250_of_them(digits):
     pairs = digits.eval_pairs()
-    assert Counter(pair.meta["form"] for pair in pairs) == {"which": 1080, "size": 832, "parity": 360}
+    assert Counter(pair.meta["form"] for pair in pairs) == {"which": 540, "size": 1360, "parity": 328}
     assert min(Counter(pair.meta["form"] for pair in pairs[:250]).values()) >= 30
 
 
@@ -88,13 +87,13 @@ def test_only_the_cold_start_has_traces(digits):
 
 def test_a_trace_says_what_is_seen_and_ends_in_the_label(digits):
     which, size = digits.claims()[0], digits.claims()[90]
-    assert (which.responses, size.question) == (("It is 1.", "It is 0."), "Is it larger or smaller than 3?")
+    assert (which.responses, size.question) == (("It is 1.", "It is 0."), "Is it larger than 4, true or false?")
     assert digits.trace(which, 2, 0) == (
         "<think>The image shows 0. Response 1 says 1. Response 2 says 0. Response 2 is better.</think>"
         "<answer>2</answer>"
     )
     assert digits.trace(size, 1, 7) == (
-        "<think>The image shows 7, larger. Response 1 says larger. Response 2 says smaller. Response 1 is better."
+        "<think>The image shows 7, true. Response 1 says true. Response 2 says false. Response 1 is better."
         "</think><answer>1</answer>"
     )
 
@@ -126,6 +125,6 @@ def test_a_blanked_pair_differs_in_nothing_but_its_picture(digits):
 
 
 def test_a_message_shows_question_and_responses_in_order(digits):
-    assert digits.template("Is it odd or even?", "It is odd.", "It is even.") == (
-        "Is it odd or even?\nResponse 1: It is odd.\nResponse 2: It is even."
+    assert digits.template("Is it odd, true or false?", "It is true.", "It is false.") == (
+        "Is it odd, true or false?\nResponse 1: It is true.\nResponse 2: It is false."
     )
