@@ -2,8 +2,8 @@
 
 Runs the digits recipe from a random model, for few iterations: once with an iteration of at least 20 s on two cores,
 and once as `make train` runs it. The share is what the run itself logs as ``overhead/share``: one minus the union of
-all spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over the wall time
-from one iteration's report to the next. The first iteration of each run warms caches and does not count.
+all spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over the wall
+time from one iteration's report to the next. The first iteration of each run warms caches and does not count.
 """
 
 from __future__ import annotations
