@@ -8,7 +8,7 @@ PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: help setup train test check bench constraints clean
+.PHONY: help setup train test test-runs test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -24,7 +24,10 @@ train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (
 	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new)
 
 test: setup ## every test that needs nothing beyond PyPI
-	$(BIN)/pytest -m "not gpu" tests
+	$(BIN)/pytest -m "not gpu and not runs" tests
+
+test-runs: setup ## whole runs over real Ray, killed and resumed
+	$(BIN)/pytest -m runs tests
 
 check: setup ## format, lint, types, import contracts, repeated code
 	$(BIN)/ruff format --check .

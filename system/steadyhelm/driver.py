@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,9 @@ from steadyhelm.store.ledger import Ledger
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog, LogView
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What ends a run on purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +156,7 @@ class Driver:
         self._metrics = metrics_log.MetricsLog(store.put, layout.metrics_prefix, log.attempt)
         self._signal: signal.Signals | None = None
         self._loop: Loop | None = None
+        self._on_signal: Callable[[signal.Signals], None] = _silent
 
     async def drive(self) -> int:
         """Runs to the end or to a signal; returns the exit code."""
@@ -202,6 +206,7 @@ class Driver:
         """Starts the services and drives the loop; whatever ends it ends the services."""
         with ExitStack() as stack:
             scratch = stack.enter_context(session)
+            self._listen()
             place = await _with_model(replace(place, scratch=scratch), self._tell)
             async with self._services(place, scratch) as services:
                 self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
@@ -291,7 +296,6 @@ class Driver:
     @contextmanager
     def _signals(self, work: asyncio.Task[None]) -> Iterator[None]:
         """SIGINT and SIGTERM end the run behind the step in progress, with a checkpoint; a second one at once."""
-        loop = asyncio.get_running_loop()
 
         def on(number: signal.Signals) -> None:
             again = self._signal is not None
@@ -300,19 +304,21 @@ class Driver:
                 work.cancel()
                 return
             self._loop.stop()
-            self._tell(
-                Notice(
-                    text=f"{number.name}: stops behind the step in progress; once more stops at once.", level="warning"
-                )
-            )
+            text = f"{number.name}: stops behind the step in progress; once more stops at once."
+            self._tell(Notice(text=text, level="warning"))
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on, number)
+        self._on_signal = on
+        self._listen()
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            for number in SIGNALS:
+                asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _listen(self) -> None:
+        """Takes the signals; once more behind Ray's start, which puts a handler of its own in the place of ours."""
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
 
 
 def _silent(_: Any) -> None:

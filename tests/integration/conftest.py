@@ -109,7 +109,7 @@ class Run:
         segments = {key: bytes(self.store.get(key)) for key in self.store.list(prefix)}
         return {line.iteration: names.exact(line.metrics) for line in join_segments(segments)}
 
-    def left_of(self, processes: list[psutil.Process], timeout_s: float = 30) -> list[str]:
+    def left_of(self, processes: list[psutil.Process], timeout_s: float = 120) -> list[str]:
         """The command lines of those that still run after ``timeout_s``."""
         _, alive = psutil.wait_procs(processes, timeout=timeout_s)
         return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]

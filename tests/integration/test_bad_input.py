@@ -165,6 +165,7 @@ def scrape(port: int) -> str:
         return answer.read().decode()
 
 
+@pytest.mark.runs
 @pytest.mark.timeout(900)
 def test_two_runs_side_by_side_of_which_one_fills_its_disk(make_run, small_disk, monkeypatch):
     """The full one ends with one line and without processes, the other one is not disturbed, and the first goes on."""

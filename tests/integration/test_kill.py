@@ -2,6 +2,10 @@
 
 import signal
 
+import pytest
+
+pytestmark = [pytest.mark.runs, pytest.mark.timeout(900)]
+
 
 def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_behind(make_run, undisturbed):
     run = make_run()
