@@ -64,6 +64,8 @@ class Run:
         return [sys.executable, "-m", "steadyhelm.cli", "run", "run.yaml", *more]
 
     def start(self, *more: str) -> None:
+        if self.process is not None:
+            self.process.wait(60)
         with (self.folder / "output.txt").open("a") as output:
             self.process = subprocess.Popen(
                 self.command(*more), cwd=self.folder, stdout=output, stderr=subprocess.STDOUT, text=True
