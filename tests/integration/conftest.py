@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -46,7 +46,6 @@ class Run:
 
     folder: Path
     process: subprocess.Popen[str] | None = None
-    seen: list[int] = field(default_factory=list)
 
     @property
     def store(self) -> LocalStore:

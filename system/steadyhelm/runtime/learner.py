@@ -74,11 +74,6 @@ class LearnerGroup:
         await self._await(self._mailbox.ready.remote(), "the learner group's start", self._run.runtime.start_deadline_s)
         self._joined = True
 
-    async def processes(self) -> dict[int, str]:
-        """``"host:pid"`` of each rank."""
-        what = "the learner group's start"
-        return dict(await self._await(self._mailbox.ready.remote(), what, self._run.runtime.start_deadline_s))
-
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """See ``services.Learner``."""
         deadline_s = self._run.runtime.start_deadline_s + self._run.runtime.step_deadline_s
