@@ -6,7 +6,6 @@ PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
-export PYTHONDONTWRITEBYTECODE ?= 1
 
 .PHONY: help setup train test test-runs test-gpu check bench constraints clean
 
