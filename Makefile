@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup train test test-runs test-gpu check bench constraints clean
+.PHONY: help setup train test test-runs test-store test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -23,10 +23,14 @@ train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (
 	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new)
 
 test: setup ## every test that needs nothing beyond PyPI
-	$(BIN)/pytest -m "not gpu and not runs" tests
+	$(BIN)/pytest -m "not gpu and not runs and not store" tests
 
 test-runs: setup ## whole runs over real Ray, killed and resumed
 	$(BIN)/pytest -m runs tests
+
+test-store: setup ## the batch plane on a real S3 server (versitygw, built by Go, or STEADYHELM_TEST_S3_ENDPOINT)
+	@.ci/versitygw >/dev/null || [ $$? = 3 ] || exit 1
+	$(BIN)/pytest -m store -rs tests
 
 check: setup ## format, lint, types, import contracts, repeated code
 	$(BIN)/ruff format --check .

@@ -13,10 +13,14 @@ os.environ.update(
     }
 )
 
+import subprocess
 import sys
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from steadyhelm.testing.s3_server import CREDENTIALS, ONE_AT_A_TIME, make_bucket, s3_server
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = ROOT / "workloads" / "r1_reward"
@@ -31,3 +35,42 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     factory.build(folder, 0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def versitygw() -> Path:
+    """The S3 server's executable, built once per machine."""
+    done = subprocess.run([ROOT / ".ci" / "versitygw"], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server: somebody else's where STEADYHELM_TEST_S3_ENDPOINT names one, otherwise one of our own."""
+    given = os.environ.get("STEADYHELM_TEST_S3_ENDPOINT")
+    if given:
+        yield given
+        return
+    binary = request.getfixturevalue("versitygw")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        with s3_server(binary, tmp_path_factory.mktemp("s3") / "buckets", *ONE_AT_A_TIME) as endpoint:
+            yield endpoint
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_endpoint: str) -> str:
+    """A bucket there, whose name STEADYHELM_TEST_S3_BUCKET gives."""
+    bucket = os.environ.get("STEADYHELM_TEST_S3_BUCKET", "steadyhelm-test")
+    make_bucket(s3_endpoint, bucket)
+    return bucket
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: str, s3_bucket: str) -> str:
+    """An empty store of this test's own."""
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex}?endpoint={s3_endpoint}&timeout_s=10&deadline_s=20"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from steadyhelm.config.algorithm import GROUPED, Algorithm, PolicyGradient, Sft, StableReinforce
 from steadyhelm.config.base import CodeRef, Count, Part, Seconds
 from steadyhelm.config.reward import Reward
+from steadyhelm.config.s3 import S3Address
+from steadyhelm.errors import ConfigError
 
 
 class Model(Part):
@@ -155,13 +157,30 @@ class Schedule(Part):
     """Held-out pairs of an evaluation during the run; 0 takes all."""
     checkpoint_every: Count = 10
     """Iterations between checkpoints: the most that a restart steps again."""
+    keep_checkpoints: Annotated[int, Field(ge=0)] = 2
+    """Checkpoints that stay, the newest ones. Behind each checkpoint the run deletes older ones and the weights that no
+    engine can need any more; 0 deletes nothing."""
 
 
 class Store(Part):
     """The object store."""
 
     uri: str = "runs"
-    """A folder (or ``file://`` URI), or ``s3://bucket/prefix``. Relative folders start at the working directory."""
+    """A folder (or ``file://`` URI), or ``s3://bucket/prefix``. Relative folders start at the working directory.
+
+    Behind a ``?`` an S3 URI may say ``endpoint``, ``region``, ``path_style`` (0 or 1), ``timeout_s`` (silence after
+    which a request is made again) and ``deadline_s`` (a request with its retries):
+    ``s3://bucket/runs?endpoint=https://host:9000&region=eu``. Credentials come from boto3's standard chain only."""
+
+    @field_validator("uri")
+    @classmethod
+    def _readable(cls, uri: str) -> str:
+        if uri.startswith("s3:"):
+            try:
+                S3Address.parse(uri)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return uri
 
 
 class Runtime(Part):

@@ -1,7 +1,8 @@
 """The batch plane: immutable objects by key, and what is made of them.
 
-``ObjectStore`` is the seam; ``local`` is the store in a folder. On it stand the shard ``codec``, the names of a run's
-objects (``layout``), the commit ``log`` with its ``records`` and ``ledger``, ``folders`` and ``images``.
+``ObjectStore`` is the seam; ``local`` is the store in a folder, ``s3`` the one in a bucket. On it stand the shard
+``codec``, the names of a run's objects (``layout``), the commit ``log`` with its ``records`` and ``ledger``,
+``folders`` and ``images``, and what keeps a run to itself and small: ``probe``, ``liveness`` and ``retention``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from steadyhelm.config.s3 import S3Address
 from steadyhelm.data.types import ObjectRef
 from steadyhelm.errors import ConfigError
 from steadyhelm.store.checksum import Data
@@ -34,8 +36,9 @@ class ObjectStore(Protocol):
     def put(self, key: str, data: Data, *, if_absent: bool = False) -> ObjectRef:
         """Writes an object; with ``if_absent`` only where there is none: of several such puts exactly one succeeds.
 
-        A put with ``if_absent`` survives a power loss when it returns, a plain one when ``flush`` has named it.
-        Raises ObjectExistsError.
+        A put with ``if_absent`` survives a power loss when it returns, a plain one when ``flush`` has named it. Where
+        the answer of a server can be lost, one that meets the very bytes that it brings has succeeded: they are its
+        own. Raises ObjectExistsError.
         """
         ...
 
@@ -67,11 +70,18 @@ class ObjectStore(Protocol):
         """Removes the object; without effect where there is none."""
         ...
 
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> tuple[str, ...]:
+        """Removes what writers that died in the middle of an object below ``prefix`` have left; returns its keys.
+
+        With ``dry_run`` nothing is removed. What a living writer is at is too young to be taken for left over.
+        """
+        ...
+
 
 def open_store(uri: str) -> ObjectStore:
-    """The store of ``store.uri``: a folder, relative to the working directory or not, or a ``file://`` URI.
+    """The store of ``store.uri``: a folder, relative to the working directory or not, a ``file://`` or ``s3://`` URI.
 
-    Nothing is created before the first put. Raises ConfigError for any other kind of URI.
+    Nothing is created, and no server asked, before the first call. Raises ConfigError for any other kind of URI.
     """
     if "://" not in uri:
         if not uri:
@@ -79,12 +89,34 @@ def open_store(uri: str) -> ObjectStore:
         return LocalStore(Path(uri))
     parts = urlsplit(uri)
     if parts.scheme == "s3":
-        raise ConfigError(f"store.uri {uri!r}: S3 stores come later; give a folder, like 'runs'")
+        from steadyhelm.store.s3 import S3Store
+
+        return S3Store(S3Address.parse(uri))
     if parts.scheme != "file":
-        raise ConfigError(f"store.uri {uri!r} has the unknown scheme {parts.scheme!r}: give a folder or 'file:///…'")
+        raise ConfigError(
+            f"store.uri {uri!r} has the unknown scheme {parts.scheme!r}: give a folder, 'file:///…' or 's3://…'"
+        )
     if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
         raise ConfigError(f"store.uri {uri!r} names a host: write 'file:///' and an absolute path")
     return LocalStore(Path(unquote(parts.path)))
 
 
-__all__ = ["Data", "LocalStore", "ObjectStore", "open_store"]
+def run_uri(store: ObjectStore, run: str) -> str:
+    """The place of a run in a line: the store's URI with the run's name behind its path. ``open_run`` reads it."""
+    place, mark, settings = store.uri.partition("?")
+    return f"{place}/{run}{mark}{settings}"
+
+
+def open_run(place: str) -> tuple[ObjectStore, str]:
+    """Store and name of the run at ``place``: ``<store>/<run>``, a folder or a URI as ``run_uri`` writes it.
+
+    Raises ConfigError where it does not name a run.
+    """
+    path, mark, settings = place.partition("?") if "://" in place else (str(Path(place).absolute()), "", "")
+    store, _, run = path.rstrip("/").rpartition("/")
+    if not run or store.endswith(("/", ":")):
+        raise ConfigError(f"{place!r} names no run: give <store>/<run>, like 'runs/digits-transformers'")
+    return open_store(store + mark + settings), run
+
+
+__all__ = ["Data", "LocalStore", "ObjectStore", "open_run", "open_store", "run_uri"]

@@ -171,6 +171,10 @@ class LocalStore:
             except OSError:  # not empty: the usual case
                 return
 
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> tuple[str, ...]:
+        """Nothing: staged files that were left behind went when this store was opened."""
+        return ()
+
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 

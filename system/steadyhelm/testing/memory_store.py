@@ -143,6 +143,10 @@ class MemoryStore:
         with self._lock:
             self._objects.pop(check_key(key), None)
 
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> tuple[str, ...]:
+        """Nothing: a put here is whole or not at all."""
+        return ()
+
     def _due(self, key: str) -> Faults:
         due: Faults = []
         for fault in self._faults[:]:
