@@ -12,6 +12,7 @@
     <run>/eval/<iteration:06d>/<attempt>-<shard:04d>.rollout    completions of an evaluation
     <run>/report/…, <run>/model/…                               the report; the final model folder
     <run>/start/…                                               the starting point where a factory made it
+    <run>/lease, <run>/probe/…                                  who drives the run; traces of a race at the start
 
 A number that outgrows its width is written whole; ``parse`` reads it all the same, but names then no longer sort.
 """
@@ -96,6 +97,16 @@ class RunLayout:
     def start(self) -> str:
         """Prefix of the starting point's model folder where a factory made it, without a slash behind."""
         return f"{self.run}/start"
+
+    @property
+    def lease(self) -> str:
+        """Key of the driver's lease, in a store without locks."""
+        return f"{self.run}/lease"
+
+    @property
+    def probe_prefix(self) -> str:
+        """Prefix of the objects that a start races for; they are deleted again."""
+        return f"{self.run}/probe/"
 
     def log_entry(self, seq: int) -> str:
         """Key of the ``seq``-th entry of the commit log, from 1."""

@@ -1,6 +1,7 @@
-"""Whether another driver is running a run on this machine: an OS lock, which ends with the process that holds it.
+"""Whether another driver is running a run: by an OS lock in a folder, by a lease in other stores.
 
-The lock only spares a user the waste of two drivers at once. That two drivers cannot both commit is the log's doing.
+The lock ends with the process that holds it. It only spares a user the waste of two drivers at once: that two drivers
+cannot both commit is the log's doing.
 """
 
 from __future__ import annotations
@@ -17,27 +18,31 @@ from collections.abc import Iterator
 from steadyhelm.errors import FatalError, StoreError
 from steadyhelm.store import LocalStore, ObjectStore
 from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.lease import leased
 from steadyhelm.store.local import remedy
+from steadyhelm.telemetry import EventSink
 
 LOCKS = ".locks"
 """Folder of the lock files under a local store's root; the dot keeps it out of listings."""
 
 
 @contextlib.contextmanager
-def held(store: ObjectStore, run: str, *, take_over: bool = False) -> Iterator[bool]:
-    """Holds the run's lock while the body runs; yields whether it is held.
+def held(store: ObjectStore, run: str, *, take_over: bool = False, tell: EventSink = lambda _: None) -> Iterator[bool]:
+    """Holds the run's lock, or its lease, while the body runs; yields whether it is held.
 
     Args:
-        store: only a ``LocalStore`` has locks; with another one nothing happens.
+        store: a ``LocalStore`` has locks; in any other one there is a lease.
         run: name of the run.
         take_over: go on without the lock where another process holds it; the log then fences that one off.
+        tell: takes a notice where it has to wait whether the owner of a lease still renews it.
 
     Raises:
-        FatalError: another process holds the lock and ``take_over`` is False; says its pid and host.
+        FatalError: another process holds it and ``take_over`` is False; says its pid and host.
         StoreError: the lock file cannot be made.
     """
     if not isinstance(store, LocalStore):
-        yield False
+        with leased(store, run, take_over=take_over, tell=tell):
+            yield True
         return
     path = store.root / LOCKS / f"{RunLayout(run).run}.lock"
     try:
