@@ -37,6 +37,8 @@ check: setup ## format, lint, types, import contracts, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@! $(BIN)/symilar --duplicates=7 --ignore-docstrings --ignore-comments \
+		$$(git ls-files '[a-z]*.py' | grep -v ^tests/) | grep -A 12 "similar lines in"
 
 bench: setup ## every benchmark, quickly
 	@set -e; for file in benchmarks/[a-z]*.py; do grep -q __main__ $$file || continue; echo "== $$file"; $(PY) $$file --quick; done

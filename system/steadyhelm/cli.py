@@ -225,9 +225,9 @@ def _level(debug: bool) -> int:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that an error means."""
-    from steadyhelm.errors import ConfigError, DataError
+    from steadyhelm.errors import ConfigError, DataError, ModelError
 
-    return EXIT_WRONG_INPUT if isinstance(error, ConfigError | DataError) else EXIT_FAILED
+    return EXIT_WRONG_INPUT if isinstance(error, ConfigError | DataError | ModelError) else EXIT_FAILED
 
 
 def main() -> None:

@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from steadyhelm import __version__
@@ -118,13 +120,15 @@ async def _evaluate(run_file: RunFile, base: Path, store: ObjectStore, pairs: in
     layout = RunLayout("evaluation")
     place = build.RunPlace(run=run_file, run_id=layout.run, attempt=0, base=str(base), store_uri=store.uri)
     with cluster.cluster(run_file, run_file.runtime.address) as scratch:
-        place = await _with_model(replace(place, scratch=scratch), _silent)
-        prompts = handles.PromptsHandle(run_file, partial(build.prompts, place), _silent)
-        rollout = handles.RolloutHandle(run_file, partial(build.rollout, place), _silent)
+        prompts = handles.PromptsHandle(run_file, _silent)
+        rollout = handles.RolloutHandle(run_file, _silent)
         try:
             prompts.pool.launch()
             rollout.pool.launch()
-            await asyncio.gather(prompts.pool.ready(), rollout.pool.ready())
+            place = await _with_model(replace(place, scratch=scratch), _silent)
+            await asyncio.gather(
+                prompts.pool.ready(partial(build.prompts, place)), rollout.pool.ready(partial(build.rollout, place))
+            )
             key = partial(layout.eval_shard, 0, 0)
             result = await evaluate_policy(prompts, rollout, store, key, run_file, iteration=0, limit=pairs)
         finally:
@@ -204,11 +208,12 @@ class Driver:
 
     async def _work(self, place: Any, session: Any) -> None:
         """Starts the services and drives the loop; whatever ends it ends the services."""
+        # Ray starts its processes meanwhile, and the import of Ray Train takes as long.
+        Thread(target=import_module, args=("steadyhelm.runtime.learner",), daemon=True).start()
         with ExitStack() as stack:
             scratch = stack.enter_context(session)
             self._listen()
-            place = await _with_model(replace(place, scratch=scratch), self._tell)
-            async with self._services(place, scratch) as services:
+            async with self._services(replace(place, scratch=scratch)) as services:
                 self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
                 async for report in self._loop.iterations():
                     await self._note(report, services)
@@ -216,26 +221,30 @@ class Driver:
                     await self._finish(services)
 
     @asynccontextmanager
-    async def _services(self, place: Any, scratch: str) -> AsyncIterator[Services]:
-        """All services of the run, started side by side."""
+    async def _services(self, place: Any) -> AsyncIterator[Services]:
+        """All services of the run, started side by side, while the starting point is made."""
         from steadyhelm.runtime import build, handles
         from steadyhelm.runtime.learner import LearnerGroup
 
         run, tell = self._run, self._tell
-        learner = LearnerGroup(partial(build.learner, place), run, scratch, tell)
-        prompts = handles.PromptsHandle(run, partial(build.prompts, place), tell)
-        rollout = handles.RolloutHandle(run, partial(build.rollout, place), tell)
-        reward = None if run.is_sft else handles.RewardHandle(run, partial(build.reward, place), tell)
-        reference = handles.ReferenceHandle(run, partial(build.reference, place), tell) if run.uses_reference else None
-        pools = [handle.pool for handle in (prompts, rollout, reward, reference) if handle is not None]
+        learner = LearnerGroup(run, place.scratch, tell)
+        prompts, rollout = handles.PromptsHandle(run, tell), handles.RolloutHandle(run, tell)
+        reward = None if run.is_sft else handles.RewardHandle(run, tell)
+        reference = handles.ReferenceHandle(run, tell) if run.uses_reference else None
+        built = (prompts, build.prompts), (rollout, build.rollout), (reward, build.reward), (reference, build.reference)
+        pools = [(handle.pool, factory) for handle, factory in built if handle is not None]
         try:
             learner.launch()
-            for pool in pools:
+            for pool, _ in pools:
                 pool.launch()
-            await asyncio.gather(learner.ready(), *(pool.ready() for pool in pools))
+            place = await _with_model(place, tell)
+            await asyncio.gather(
+                learner.ready(partial(build.learner, place)),
+                *(pool.ready(partial(factory, place)) for pool, factory in pools),
+            )
             yield Services(prompts=prompts, rollout=rollout, learner=learner, reward=reward, reference=reference)
         finally:
-            await asyncio.gather(learner.close(), *(pool.close() for pool in pools), return_exceptions=True)
+            await asyncio.gather(learner.close(), *(pool.close() for pool, _ in pools), return_exceptions=True)
 
     async def _note(self, report: IterationReport, services: Services) -> None:
         """Logs and shows an iteration; evaluates the policy where that is due."""

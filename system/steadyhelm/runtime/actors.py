@@ -1,7 +1,8 @@
 """The one place where services become Ray actors.
 
-Each actor is made from a *factory*: a small record that builds the service in the actor's process on ``start``. What
-the constructor raises then reaches the driver as it is, instead of as a dead actor.
+Each actor gets a *factory* with ``start``: a small record that builds the service in the actor's process. What the
+constructor raises then reaches the driver as it is, instead of as a dead actor, and processes can start before it is
+known what to build in them.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ Factory = Callable[[], Any]
 class _Host(Generic[S]):
     """What every actor has: the service, built on ``start``."""
 
-    def __init__(self, factory: Callable[[], S]) -> None:
-        self._factory = factory
+    def __init__(self) -> None:
         self._built: S | None = None
 
-    async def start(self) -> int:
+    async def start(self, factory: Callable[[], S]) -> int:
         """Builds the service, once; returns the process id."""
         if self._built is None:
-            self._built = self._factory()
+            self._built = factory()
         return os.getpid()
 
     @property
@@ -91,15 +91,14 @@ class ScorerActor(_Host[Reward | Reference]):
             self._built.close()
 
 
-def spawn(kind: type[_Host[Any]], factory: Factory, name: str, *, cpus: float, gpus: float) -> ActorHandle:
+def spawn(kind: type[_Host[Any]], name: str, *, cpus: float, gpus: float) -> ActorHandle:
     """An actor of ``kind`` in a process of its own; it does no work before ``start``.
 
     Args:
         kind: one of this module's classes.
-        factory: builds the service there.
         name: for Ray's logs.
         cpus: CPUs that it reserves.
         gpus: GPUs that it reserves.
     """
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=64, max_restarts=0)(kind)
-    return remote.options(name=name).remote(factory)
+    return remote.options(name=name).remote()

@@ -85,8 +85,8 @@ def model(place: RunPlace) -> tuple[ObjectRef, ...]:
 
 
 def in_a_process(function: Callable[[RunPlace], T], place: RunPlace) -> Awaitable[T]:
-    """``function(place)`` in a process of its own."""
-    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    """``function(place)`` in a process of its own, which ends with it."""
+    remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)
     call: Awaitable[T] = remote.remote(place)
     return call
 

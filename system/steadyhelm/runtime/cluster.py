@@ -32,7 +32,6 @@ def environment(run: RunFile) -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -58,14 +57,15 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     """
     variables = environment(run)
     os.environ.update(variables)
+    if not address:
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
     logging.getLogger("ray").setLevel(logging.ERROR)
-    runtime_env = {"env_vars": variables}
     if address:
         _require_listener(address)
         # One try: Ray's own default asks a port that answers something else for a quarter of an hour.
         os.environ["RAY_gcs_server_port_wait_time_s"] = "1"  # noqa: SIM112 - Ray's own spelling
         try:
-            ray.init(address=address, namespace=run.name, runtime_env=runtime_env, log_to_driver=False)
+            ray.init(address=address, namespace=run.name, runtime_env={"env_vars": variables}, log_to_driver=False)
         except (ConnectionError, RuntimeError) as error:
             raise _no_cluster(address, error) from error
         try:
@@ -77,15 +77,18 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     _require_shared_memory()
     folder = tempfile.mkdtemp(prefix="steadyhelm-ray-")
     try:
-        _start_ray(run, runtime_env, folder)
+        _start_ray(run, folder)
         yield folder
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_ray(run: RunFile, runtime_env: dict[str, dict[str, str]], folder: str) -> None:
-    """Starts Ray here; again where a busy machine took longer than Ray waits for its own processes (30 s, fixed)."""
+def _start_ray(run: RunFile, folder: str) -> None:
+    """Starts Ray here, its processes in this one's environment.
+
+    Tries again where a busy machine took longer than Ray waits for its own processes (30 s, fixed).
+    """
     for left in reversed(range(START_TRIES)):
         try:
             ray.init(
@@ -96,7 +99,6 @@ def _start_ray(run: RunFile, runtime_env: dict[str, dict[str, str]], folder: str
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level="error",
-                runtime_env=runtime_env,
                 _temp_dir=folder,
             )
             return

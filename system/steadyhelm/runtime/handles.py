@@ -6,19 +6,17 @@ from typing import Any
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import ObjectRef, Prompt, PromptId, ShardRecord, WeightsRecord
-from steadyhelm.runtime.actors import Factory, PromptsActor, RolloutActor, ScorerActor, spawn
+from steadyhelm.runtime.actors import PromptsActor, RolloutActor, ScorerActor, spawn
 from steadyhelm.runtime.pool import Member, Pool
 from steadyhelm.services import Served, ShardOrder
 from steadyhelm.telemetry import EventSink
 
 
-def _pool(
-    run: RunFile, service: str, kind: Any, factory: Factory, size: int, deadline_s: float, gpus: float, tell: EventSink
-) -> Pool:
+def _pool(run: RunFile, service: str, kind: Any, size: int, deadline_s: float, gpus: float, tell: EventSink) -> Pool:
     """A pool with the run file's deadlines."""
 
     def make(number: int) -> Any:
-        return spawn(kind, factory, f"{service}-{number}", cpus=run.runtime.cpus_per_actor, gpus=gpus)
+        return spawn(kind, f"{service}-{number}", cpus=run.runtime.cpus_per_actor, gpus=gpus)
 
     return Pool(
         service=service,
@@ -34,8 +32,8 @@ def _pool(
 class PromptsHandle:
     """The PromptSource in its actor."""
 
-    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
-        self.pool = _pool(run, "prompts", PromptsActor, factory, 1, run.runtime.step_deadline_s, 0.0, tell)
+    def __init__(self, run: RunFile, tell: EventSink) -> None:
+        self.pool = _pool(run, "prompts", PromptsActor, 1, run.runtime.step_deadline_s, 0.0, tell)
 
     async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
         """See ``services.PromptSource``."""
@@ -53,10 +51,10 @@ class PromptsHandle:
 class RolloutHandle:
     """The rollout workers; every one that serves has the weights that were applied last."""
 
-    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+    def __init__(self, run: RunFile, tell: EventSink) -> None:
         replicas = 1 if run.is_sft else run.rollout.replicas
         self.pool = _pool(
-            run, "rollout", RolloutActor, factory, replicas, run.rollout.deadline_s, run.runtime.gpus_per_engine, tell
+            run, "rollout", RolloutActor, replicas, run.rollout.deadline_s, run.runtime.gpus_per_engine, tell
         )
         self.pool.prepare = self._catch_up
         self._weights: WeightsRecord | None = None
@@ -89,9 +87,9 @@ class RolloutHandle:
 class RewardHandle:
     """The reward actors."""
 
-    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+    def __init__(self, run: RunFile, tell: EventSink) -> None:
         deadline_s = run.runtime.step_deadline_s
-        self.pool = _pool(run, "reward", ScorerActor, factory, run.reward.replicas, deadline_s, 0.0, tell)
+        self.pool = _pool(run, "reward", ScorerActor, run.reward.replicas, deadline_s, 0.0, tell)
         self.pool.closes = True
 
     async def score(self, shard: ShardRecord) -> Served[tuple[ObjectRef, tuple[bool, ...]]]:
@@ -102,9 +100,9 @@ class RewardHandle:
 class ReferenceHandle:
     """The reference actors."""
 
-    def __init__(self, run: RunFile, factory: Factory, tell: EventSink) -> None:
+    def __init__(self, run: RunFile, tell: EventSink) -> None:
         gpus, deadline_s = run.runtime.gpus_per_engine, run.runtime.step_deadline_s
-        self.pool = _pool(run, "reference", ScorerActor, factory, run.reference.replicas, deadline_s, gpus, tell)
+        self.pool = _pool(run, "reference", ScorerActor, run.reference.replicas, deadline_s, gpus, tell)
 
     async def score(self, shard: ShardRecord) -> Served[ObjectRef]:
         """See ``services.Reference``."""

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
-from steadyhelm.errors import FatalError
+from steadyhelm.errors import FatalError, LearnerLostError
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.mailbox import Command, Mailbox, Outcome
 from steadyhelm.services import Served
@@ -24,6 +24,8 @@ from steadyhelm.telemetry import EventSink, ServiceState
 
 RankFactory = Callable[[int, int], Any]
 """Builds the learner of (rank, world size) in the rank's process, inside an initialised process group."""
+BUILD = "build"
+"""The command that a group gets before any other; its argument is the RankFactory."""
 
 
 class LearnerGroup:
@@ -33,14 +35,13 @@ class LearnerGroup:
     one, which has to be ``restore``, waits for the new group.
 
     Args:
-        factory: builds a rank's learner.
         run: the run file.
         scratch: folder for Ray Train's own files.
         tell: takes events for the user.
     """
 
-    def __init__(self, factory: RankFactory, run: RunFile, scratch: str, tell: EventSink) -> None:
-        self._factory = factory
+    def __init__(self, run: RunFile, scratch: str, tell: EventSink) -> None:
+        self._factory: RankFactory | None = None
         self._run = run
         self._scratch = scratch
         self._tell = tell
@@ -69,16 +70,25 @@ class LearnerGroup:
         self._thread = threading.Thread(target=fit, name="learner-group", daemon=True)
         self._thread.start()
 
-    async def ready(self) -> None:
-        """Returns once all ranks are there. Raises DeadlineError, FatalError."""
+    async def ready(self, factory: RankFactory) -> None:
+        """Returns once all ranks are there and have built their learners, as those of later groups will.
+
+        Raises DeadlineError, FatalError, and what ``factory`` raises in a rank.
+        """
+        self._factory = factory
         await self._await(self._mailbox.ready.remote(), "the learner group's start", self._run.runtime.start_deadline_s)
         self._joined = True
+        await self._build()
 
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """See ``services.Learner``."""
-        deadline_s = self._run.runtime.start_deadline_s + self._run.runtime.step_deadline_s
-        answered: Served[None] = await self._call("restore", (checkpoint,), "restores", deadline_s)
+        await self._build()
+        answered: Served[None] = await self._call("restore", (checkpoint,), "restores")
         return answered
+
+    async def _build(self) -> None:
+        """Has the ranks of the present group build their learners; a group that has them already does nothing."""
+        await self._call(BUILD, (self._factory,), "builds the model", self._run.runtime.start_deadline_s)
 
     async def step(self, manifest: BatchManifest) -> Served[None]:
         """See ``services.Learner``."""
@@ -144,7 +154,6 @@ class LearnerGroup:
             _train,
             train_loop_config={
                 "mailbox": self._mailbox,
-                "factory": self._factory,
                 "start_deadline_s": self._run.runtime.start_deadline_s,
             },
             scaling_config=ScalingConfig(
@@ -160,13 +169,15 @@ class LearnerGroup:
 
 
 def _train(config: dict[str, Any]) -> None:
-    """The training function of one rank: joins, builds its learner, and serves the mailbox's commands in order."""
+    """The training function of one rank: joins, and serves the mailbox's commands in order."""
+    import steadyhelm.services.learner  # noqa: F401 - takes seconds, which the other services' starts can hide
+
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     mailbox, deadline_s = config["mailbox"], config["start_deadline_s"]
     process = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
     incarnation = ray.get(mailbox.join.remote(rank, world, process), timeout=deadline_s)
-    learner, broken = _build(config["factory"], rank, world)
+    serving = _Rank(rank, world)
     number = 0
     while True:
         command: Command | None = ray.get(mailbox.next.remote(incarnation, number), timeout=deadline_s)
@@ -174,22 +185,25 @@ def _train(config: dict[str, Any]) -> None:
             continue
         if command.name == "stop":
             return
-        outcome = broken or _outcome(learner, command)
-        ray.get(mailbox.post.remote(incarnation, rank, number, outcome), timeout=deadline_s)
+        ray.get(mailbox.post.remote(incarnation, rank, number, serving.outcome(command)), timeout=deadline_s)
         number += 1
 
 
-def _build(factory: RankFactory, rank: int, world: int) -> tuple[Any, Outcome | None]:
-    """The rank's learner, or the outcome that answers every command because there is none."""
-    try:
-        return factory(rank, world), None
-    except Exception as error:  # the driver decides what a failed start means
-        return None, Outcome.of(error)
+class _Rank:
+    """The learner of one rank, once it is built."""
 
+    def __init__(self, rank: int, world: int) -> None:
+        self._rank, self._world = rank, world
+        self._learner: Any = None
 
-def _outcome(learner: Any, command: Command) -> Outcome:
-    """What the rank's call comes to."""
-    try:
-        return Outcome(value=getattr(learner, command.name)(*command.arguments))
-    except Exception as error:  # one service call fails: the driver decides what that means
-        return Outcome.of(error)
+    def outcome(self, command: Command) -> Outcome:
+        """What the rank's call comes to."""
+        try:
+            if command.name == BUILD:
+                self._learner = self._learner or command.arguments[0](self._rank, self._world)
+                return Outcome()
+            if self._learner is None:
+                raise LearnerLostError(f"A learner rank was lost before {command.name}.")
+            return Outcome(value=getattr(self._learner, command.name)(*command.arguments))
+        except Exception as error:  # one service call fails: the driver decides what that means
+            return Outcome.of(error)

@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from steadyhelm.errors import DeadlineError, EngineLostError, RetryableError, SteadyhelmError
+from steadyhelm.runtime.actors import Factory
 from steadyhelm.runtime.calls import answer
 from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
@@ -63,6 +64,7 @@ class Pool:
     prepare: Callable[[Member], Awaitable[None]] | None = None
     closes: bool = False
     members: list[Member] = field(default_factory=list)
+    _factory: Factory | None = None
     _spawned: int = 0
     _losses: int = 0
     _broken: BaseException | None = None
@@ -73,8 +75,12 @@ class Pool:
         """Creates the actors; ``ready`` awaits them."""
         self.members = [self._member() for _ in range(self.size)]
 
-    async def ready(self) -> None:
-        """Returns once every member answers. Raises DeadlineError, and what the services' constructors raise."""
+    async def ready(self, factory: Factory) -> None:
+        """Returns once every member has built its service, as later ones will, and answers.
+
+        Raises DeadlineError, and what the services' constructors raise.
+        """
+        self._factory = factory
         await asyncio.gather(*(self._start(member) for member in self.members))
 
     async def call(self, method: Callable[[ActorHandle], Awaitable[T]], what: str) -> T:
@@ -137,8 +143,8 @@ class Pool:
             task.cancel()
         for member in self.members:
             if self.closes and member.alive:
-                with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                    await asyncio.wait_for(_done(member.actor.close.remote()), CLOSE_S)
+                with contextlib.suppress(SteadyhelmError):
+                    await self.ask(member, member.actor.close.remote(), "end", CLOSE_S)
             ray.kill(member.actor)
         self.members.clear()
 
@@ -147,7 +153,7 @@ class Pool:
         return Member(actor=self.spawn(self._spawned - 1), number=self._spawned - 1)
 
     async def _start(self, member: Member) -> None:
-        await self.ask(member, member.actor.start.remote(), "start", self.start_deadline_s)
+        await self.ask(member, member.actor.start.remote(self._factory), "start", self.start_deadline_s)
 
     async def _take(self) -> Member:
         async with self._changed:
@@ -204,7 +210,3 @@ class Pool:
             self._changed.notify_all()
         if new.alive:
             self.tell(Notice(text=f"{self.service} {new.number} serves"))
-
-
-async def _done(call: Awaitable[None]) -> None:
-    await call

@@ -63,12 +63,12 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def make(size: int, service: type[Worker] = Worker, call_deadline_s: float = 60.0) -> tuple[Pool, list[str]]:
+def make(size: int, call_deadline_s: float = 60.0) -> tuple[Pool, list[str]]:
     told: list[str] = []
     remote = ray.remote(num_cpus=0, max_concurrency=8)(RolloutActor)
     pool = Pool(
         service="worker",
-        spawn=lambda number: remote.remote(service),
+        spawn=lambda number: remote.remote(),
         size=size,
         start_deadline_s=60.0,
         call_deadline_s=call_deadline_s,
@@ -81,7 +81,7 @@ def make(size: int, service: type[Worker] = Worker, call_deadline_s: float = 60.
 
 async def test_calls_spread_over_the_members_and_return_their_own_answers():
     pool, _ = make(2)
-    await pool.ready()
+    await pool.ready(Worker)
     answers = await asyncio.gather(
         *(pool.call(lambda actor, n=n: actor.rollout.remote(f"sleep 0.{n % 2 + 1} {n}"[:9]), f"{n}") for n in range(4))
     )
@@ -91,7 +91,7 @@ async def test_calls_spread_over_the_members_and_return_their_own_answers():
 
 async def test_no_member_gets_more_than_two_calls_at_once():
     pool, _ = make(1)
-    await pool.ready()
+    await pool.ready(Worker)
     calls = [asyncio.create_task(pool.call(lambda a: a.rollout.remote("sleep 0.2"), "nap")) for _ in range(6)]
     started = time.monotonic()
     while not all(call.done() for call in calls):
@@ -103,7 +103,7 @@ async def test_no_member_gets_more_than_two_calls_at_once():
 
 async def test_a_call_whose_actor_dies_is_answered_by_another_one(tmp_path):
     pool, told = make(1)
-    await pool.ready()
+    await pool.ready(Worker)
     order, _ = await pool.call(lambda a: a.rollout.remote(f"die {tmp_path}/dead"), "a deadly order")
     assert order == f"die {tmp_path}/dead"
     assert any("takes its place" in line for line in told)
@@ -112,7 +112,7 @@ async def test_a_call_whose_actor_dies_is_answered_by_another_one(tmp_path):
 
 async def test_an_order_that_kills_every_actor_ends_with_an_error():
     pool, _ = make(1)
-    await pool.ready()
+    await pool.ready(Worker)
     with pytest.raises(EngineLostError, match="4 worker actors in a row"):
         await pool.call(lambda a: a.rollout.remote("die-always"), "a deadly order")
     await pool.close()
@@ -120,7 +120,7 @@ async def test_an_order_that_kills_every_actor_ends_with_an_error():
 
 async def test_a_member_that_misses_the_deadline_is_replaced_and_said_to_be_waited_for():
     pool, told = make(1, call_deadline_s=1.0)
-    await pool.ready()
+    await pool.ready(Worker)
     first = pool.members[0].number
     with pytest.raises(EngineLostError, match="deadline"):
         await pool.call(lambda a: a.rollout.remote("sleep 30"), "a long nap")
@@ -131,7 +131,7 @@ async def test_a_member_that_misses_the_deadline_is_replaced_and_said_to_be_wait
 
 async def test_an_error_of_the_service_arrives_as_it_is_and_costs_no_member():
     pool, _ = make(1)
-    await pool.ready()
+    await pool.ready(Worker)
     with pytest.raises(DataError, match="prompt 0:7 is too long"):
         await pool.call(lambda a: a.rollout.remote("wrong"), "a wrong order")
     with pytest.raises(FatalError, match="ZeroDivisionError: a bug"):
@@ -142,16 +142,16 @@ async def test_an_error_of_the_service_arrives_as_it_is_and_costs_no_member():
 
 async def test_a_retryable_error_is_tried_again_on_the_same_members():
     pool, _ = make(1)
-    await pool.ready()
+    await pool.ready(Worker)
     assert (await pool.call(lambda a: a.rollout.remote("later"), "a later order"))[0] == "later"
     assert pool.members[0].number == 0
     await pool.close()
 
 
 async def test_what_a_constructor_raises_reaches_the_caller_of_ready():
-    pool, _ = make(1, Denied)
+    pool, _ = make(1)
     with pytest.raises(DataError, match="record 3 is wrong"):
-        await pool.ready()
+        await pool.ready(Denied)
     await pool.close()
 
 

@@ -210,8 +210,8 @@ class Training:
         where = prompt_ids(batch, found or step.rows.tolist())
         return NonFiniteError(
             f"iteration {batch.iteration}: the {what} of the optimiser step on prompts {where} is not finite; the step "
-            "was not applied and the last checkpoint is kept: resume from it with a lower learner.lr, or look at these "
-            "prompts"
+            "was not applied and the last checkpoint is kept: go on from it with a lower "
+            "learner.lr and --accept-changes, or look at these prompts"
         )
 
     def _metrics(self, tally: Tally, steps: int, seconds: float) -> dict[str, float]:
