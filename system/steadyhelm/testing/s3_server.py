@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CREDENTIALS: Mapping[str, str] = {
-    "AWS_ACCESS_KEY_ID": "steadyhelm",
+    "AWS_ACCESS_KEY_ID": "key-of-a-test",
     "AWS_SECRET_ACCESS_KEY": "only-on-this-machine",
     "AWS_DEFAULT_REGION": "us-east-1",
 }

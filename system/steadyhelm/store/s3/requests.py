@@ -107,8 +107,8 @@ class Requests:
                     server.answered.set()
                 if not _passes(error):
                     raise self._translated(verb, key, error) from error
-                now, delay = time.monotonic(), random.uniform(0, limit)
-                if now + delay > ends:
+                now = time.monotonic()
+                if now > ends:
                     raise StoreError(
                         f"cannot {verb} {key!r} in {self._address}: no success in {now - started:.0f} s, the last try "
                         f"ended with {_named(error)}: see whether the server is up and can be reached, then resume "
@@ -117,7 +117,7 @@ class Requests:
                 if now - told > NOTICE_S:
                     told = now
                     logger.warning("cannot %s %r in %s yet (%s): tries again", verb, key, self._address, _named(error))
-                time.sleep(delay)
+                time.sleep(min(random.uniform(0, limit), max(ends - now, 0.0)))
                 limit = min(2 * limit, LONGEST_DELAY_S)
             else:
                 server.answered.set()
