@@ -41,6 +41,12 @@ class LogFormat(StrEnum):
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).", show_default=False)]
+RunPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run's place, <store>/<run>: a folder or an s3:// URI, as 'steadyhelm run' shows it."
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -157,20 +163,44 @@ def schema() -> None:
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder, <store>/<run>.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN_DIR/report/report.html.")] = None,
+    run: RunPlace,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: report/report.html of RUN.")] = None,
     debug: Debug = False,
 ) -> None:
     """Builds a run's report.html again from what its store holds."""
-    from steadyhelm.report import gather, render_report
-    from steadyhelm.store import open_store
+    from steadyhelm.report import gather, render_report, write_report
+    from steadyhelm.store import open_run
 
-    folder = run_dir.resolve()
-    data = gather(open_store(str(folder.parent)), folder.name)
-    target = output or folder / "report" / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render_report(data), encoding="utf-8")
-    typer.echo(f"wrote {target}")
+    store, name = open_run(run)
+    if output is None:
+        typer.echo(f"wrote {write_report(store, name)} in {store.uri}")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render_report(gather(store, name)), encoding="utf-8")
+    typer.echo(f"wrote {output}")
+
+
+@app.command(name="gc")
+def collect(
+    run: RunPlace,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Deletes what no manifest, no resume and no subscriber of RUN can need; not while a driver is at it."""
+    from steadyhelm.store import open_run
+    from steadyhelm.store.retention import collect as collect_garbage
+    from steadyhelm.telemetry import Event, Notice
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Notice):
+            typer.echo(event.text, err=True)
+
+    store, name = open_run(run)
+    found = collect_garbage(store, name, tell, dry_run=dry_run)
+    for item in found:
+        typer.echo(f"{item.key}  {item.why}")
+    objects = "1 object" if len(found) == 1 else f"{len(found)} objects"
+    typer.echo(f"would delete {objects}" if dry_run else f"deleted {objects}")
 
 
 @app.command()

@@ -18,16 +18,17 @@ from typing import Any
 from steadyhelm import __version__
 from steadyhelm.config import RunFile
 from steadyhelm.config.load import diff_run_files
-from steadyhelm.data.types import PolicyVersion, PromptId
+from steadyhelm.data.types import CheckpointRecord, PolicyVersion, PromptId
 from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError, ResourceError, StoreError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.models.folder import require_model_folder
 from steadyhelm.services import PromptSource
-from steadyhelm.store import ObjectStore, open_store
+from steadyhelm.store import ObjectStore, open_store, retention, run_uri
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.ledger import Ledger
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog, LogView
+from steadyhelm.store.probe import require_one_winner
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -89,7 +90,9 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     store = open_store(run_file.store.uri)
     layout = RunLayout(choose_run_id(run_file, store, options))
     _require_model(run_file)
-    with held(store, layout.run, take_over=options.take_over), _scraped(run_file, layout.run, tell) as told:
+    require_one_winner(store, layout.run)
+    lock = held(store, layout.run, take_over=options.take_over, tell=tell)
+    with lock, _scraped(run_file, layout.run, tell) as told:
         log = CommitLog.read(store, layout.run)
         _settle_run_file(run_file, store, layout, options.accept_changes, log.last_iteration)
         if log.finished() is not None:
@@ -158,6 +161,7 @@ class Driver:
         self._log = log
         self._tell = tell
         self._metrics = metrics_log.MetricsLog(store.put, layout.metrics_prefix, log.attempt)
+        self._retained: CheckpointRecord | None = None
         self._signal: signal.Signals | None = None
         self._loop: Loop | None = None
         self._on_signal: Callable[[signal.Signals], None] = _silent
@@ -179,7 +183,7 @@ class Driver:
                 run=self._layout.run,
                 iterations=self._run.schedule.iterations,
                 first_iteration=first,
-                place=f"{self._store.uri}/{self._layout.run}",
+                place=run_uri(self._store, self._layout.run),
             )
         )
         work = asyncio.create_task(self._work(place, cluster.cluster(self._run, self._address)))
@@ -254,6 +258,19 @@ class Driver:
         if report.served and self._signal is None:
             await self._evaluate(report.version, services)
             await asyncio.to_thread(self._metrics.flush)  # before the loop may checkpoint this iteration
+        await self._retain()
+
+    async def _retain(self) -> None:
+        """Deletes, once behind each checkpoint, the checkpoints and weights that it replaces."""
+        newest = self._log.checkpoint()
+        if newest is None or newest == self._retained or not self._run.schedule.keep_checkpoints:
+            return
+        self._retained = newest
+        found = retention.unneeded(self._store, self._log, retention.Keep.of(self._run), retention.REPLACED)
+        try:
+            await asyncio.to_thread(retention.remove, self._store, found)
+        except StoreError as error:
+            self._tell(Notice(text=f"Could not delete what the run needs no more: {error}", level="warning"))
 
     async def _evaluate(self, version: PolicyVersion, services: Services) -> None:
         """Evaluates and commits the result: at the start, each ``eval_every`` iterations, and in full at the end."""
@@ -294,6 +311,7 @@ class Driver:
         after = _settled_after(self._store, self._layout)
         ledger = await settle_ledger(self._log, services.prompts, after)
         await services.learner.export(self._layout.model)
+        await self._retain()
         self._metrics.flush()
         place = await asyncio.to_thread(write_report, self._store, self._layout.run)
         payload = {"iterations": self._run.schedule.iterations, "ledger": ledger.counts(), "ledger_after": after}

@@ -28,6 +28,8 @@ RENEW_S = 5.0
 """Seconds between renewals."""
 LAPSE_S = 20.0
 """A lease that has not changed for so many seconds has lapsed: its owner is dead, or cannot reach the store."""
+POLL_S = 0.5
+"""Seconds between two looks at somebody else's lease."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def leased(
     lease = _Lease(store, run)
     while not lease.create():
         found = lease.read()
-        if found is not None and (take_over or _lapses(lease, found, tell, renew_s, lapse_s)):
+        if found is not None and (take_over or _lapses(lease, found, tell, lapse_s)):
             lease.remove(found)
     stop = threading.Event()
     renewing = threading.Thread(target=lease.renew, args=(stop, renew_s), name="steadyhelm-lease", daemon=True)
@@ -129,7 +131,7 @@ class _Lease:
         return json.dumps(self.mine).encode()
 
 
-def _lapses(lease: _Lease, found: dict[str, Any], tell: EventSink, every_s: float, lapse_s: float) -> bool:
+def _lapses(lease: _Lease, found: dict[str, Any], tell: EventSink, lapse_s: float) -> bool:
     """Watches the lease; True where it stands still for ``lapse_s``, False where it is gone. Raises FatalError."""
     holder = f"pid {found['pid']} on {found['host']}, since {found['since']}"
     tell(
@@ -137,7 +139,7 @@ def _lapses(lease: _Lease, found: dict[str, Any], tell: EventSink, every_s: floa
     )
     ends = time.monotonic() + lapse_s
     while time.monotonic() < ends:
-        time.sleep(min(every_s / 2, max(ends - time.monotonic(), 0.0)))
+        time.sleep(min(POLL_S, max(ends - time.monotonic(), 0.0)))
         now = lease.read()
         if now is None:
             return False
