@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.services.learner import collectives, plan
 from steadyhelm.services.learner.batch import IterationBatch
 from steadyhelm.services.learner.engine import TrainEngine
+from steadyhelm.services.learner.prefetch import prefetched
 from steadyhelm.services.learner.rates import learning_rate
 from steadyhelm.services.learner.targets import PolicyTarget, Target, TraceTarget, batch_metrics, prompt_ids
 from steadyhelm.telemetry import metrics as names
@@ -55,6 +57,16 @@ class OptimiserStep:
     rows: NDArray[np.int64]
     denominator: float
     micro_batches: list[tuple[list[int], list[bool]]]
+
+
+def _scored_first(target: Target, steps: Sequence[OptimiserStep]) -> list[OptimiserStep]:
+    """The steps whose rows need proximal log-probs from a pass of their own, before the first optimiser step.
+
+    The first step's do not: its forward passes run under the iteration's first parameters anyway.
+    """
+    if not isinstance(target, PolicyTarget):
+        return []
+    return [step for step in steps[0 if target.needs_proximal_first else 1 :] if step.epoch == 0]
 
 
 @dataclass(slots=True)
@@ -99,12 +111,18 @@ class Training:
         """
         start = time.monotonic()
         steps = self._plan(batch)
-        target = self._target(batch, steps)
+        algorithm = self._run.algorithm
+        target = TraceTarget(algorithm, batch) if isinstance(algorithm, Sft) else PolicyTarget(algorithm, batch)
+        scored = _scored_first(target, steps)
+        order = [rows for step in (*scored, *steps) for rows, _ in step.micro_batches]
         tally = Tally()
-        for number, step in enumerate(steps):
-            if isinstance(target, PolicyTarget) and step.epoch == 1 and steps[number - 1].epoch == 0:
-                target.share_proximal()  # rows are dealt anew in each epoch
-            self._optimiser_step(batch, target, step, number, tally)
+        with prefetched(partial(self._collate, batch), order) as inputs:
+            if isinstance(target, PolicyTarget):
+                self._remember_proximal(target, scored, inputs)
+            for number, step in enumerate(steps):
+                if isinstance(target, PolicyTarget) and step.epoch == 1 and steps[number - 1].epoch == 0:
+                    target.share_proximal()  # rows are dealt anew in each epoch
+                self._optimiser_step(batch, target, step, inputs, number, tally)
         return {
             **batch_metrics(batch),
             **target.metrics(),
@@ -140,27 +158,18 @@ class Training:
         filler = int(np.argmin(np.where(usable, batch.lengths, np.iinfo(np.int64).max)))
         return lambda micro_batch: plan.padded(micro_batch, filler, with_images if needed else None)
 
-    def _target(self, batch: IterationBatch, steps: Sequence[OptimiserStep]) -> Target:
-        """The iteration's target, with the proximal log-probs of all rows whose step is not the first."""
-        if isinstance(self._run.algorithm, Sft):
-            return TraceTarget(self._run.algorithm, batch)
-        target = PolicyTarget(self._run.algorithm, batch)
-        # The first step's rows need no pass of their own: its forward passes run under the iteration's first parameters
-        skipped = 0 if target.needs_proximal_first else 1
-        for step in steps[skipped:]:
-            if step.epoch == 0:
-                self._remember_proximal(batch, target, step)
+    def _remember_proximal(
+        self, target: PolicyTarget, steps: Sequence[OptimiserStep], inputs: Iterator[ModelBatch]
+    ) -> None:
+        for step in steps:
+            for rows, counted in step.micro_batches:
+                part = next(inputs)
+                with span("learner", "proximal", computes=True), torch.no_grad():
+                    logprobs, _, _ = self._engine.forward(part)
+                target.remember(rows, logprobs, counted)
         if target.needs_proximal_first:
             target.share_proximal()
             target.set_advantages()
-        return target
-
-    def _remember_proximal(self, batch: IterationBatch, target: PolicyTarget, step: OptimiserStep) -> None:
-        for rows, counted in step.micro_batches:
-            inputs = self._collate(batch, rows)
-            with span("learner", "proximal", computes=True), torch.no_grad():
-                logprobs, _, _ = self._engine.forward(inputs)
-            target.remember(rows, logprobs, counted)
 
     def _collate(self, batch: IterationBatch, rows: Sequence[int]) -> ModelBatch:
         with span("learner", "collate"):
@@ -168,14 +177,20 @@ class Training:
             return collate(sequences, self._encoder).to(self._device)
 
     def _optimiser_step(
-        self, batch: IterationBatch, target: Target, step: OptimiserStep, number: int, tally: Tally
+        self,
+        batch: IterationBatch,
+        target: Target,
+        step: OptimiserStep,
+        inputs: Iterator[ModelBatch],
+        number: int,
+        tally: Tally,
     ) -> None:
         broken = torch.zeros((), dtype=torch.float64, device=self._device)
         suspects: list[tuple[Sequence[int], torch.Tensor]] = []
         for index, (rows, counted) in enumerate(step.micro_batches):
-            inputs = self._collate(batch, rows)
+            part = next(inputs)
             with span("learner", "forward", computes=True):
-                current, entropy, mask = self._engine.forward(inputs)
+                current, entropy, mask = self._engine.forward(part)
                 parts = target.loss(rows, current, counted=counted, fresh=number == 0, denominator=step.denominator)
                 counts = torch.tensor(counted, device=current.device)
                 tally.add(parts, torch.where(mask & counts[:, None], entropy, 0.0).double().sum())

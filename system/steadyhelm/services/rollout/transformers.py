@@ -1,7 +1,8 @@
 """The rollout engine inside the actor: Transformers models, our own decode loop.
 
 One thread owns the model. Bursts of decode steps and weight swaps queue for it in order, so a swap falls between two
-decode steps, the event loop stays free to answer ``health``, and nothing needs a lock. In-flight rows keep their
+decode steps, the event loop stays free to answer ``health``, and the model needs no lock. Calls take turns in the order
+they came; the input of the next one is collated meanwhile. In-flight rows keep their
 key-value cache over a swap: their later tokens come from the new weights on keys and values of the old, and carry the
 new version, which is what the learner's correction for staleness expects.
 """
@@ -59,6 +60,7 @@ class TransformersEngine:
         self._version = version
         self._fetch = fetch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._turn = asyncio.Lock()
         self._swaps_waiting = 0
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -88,11 +90,12 @@ class TransformersEngine:
         try:
             for start in range(0, len(requests), self._batch):
                 part = requests[start : start + self._batch]
-                decoding = await self._on_thread(partial(self._begin, part, sampling))
-                attempt = self._version.attempt
-                while not decoding.finished:
-                    for completion in await self._on_thread(partial(self._burst, decoding, attempt)):
-                        yield completion
+                decoding = await asyncio.to_thread(self._begin, part, sampling)
+                async with self._turn:
+                    attempt = self._version.attempt
+                    while not decoding.finished:
+                        for completion in await self._on_thread(partial(self._burst, decoding, attempt)):
+                            yield completion
         finally:
             self._in_flight -= 1
             if not self._in_flight:

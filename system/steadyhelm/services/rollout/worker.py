@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -
 class RolloutWorker:
     """A ``Rollout``: encodes prompts, runs the engine, puts the shard.
 
-    The engine works on one order at a time, in the order they came; the next one's prompts are encoded meanwhile.
+    Orders overlap: while the engine samples one, the next one's prompts are encoded and the last one's shard is put.
 
     Args:
         engine: samples the completions.
@@ -130,7 +129,6 @@ class RolloutWorker:
         self._store = store
         self._max_prompt_tokens = max_prompt_tokens
         self._drop_overlong = drop_overlong
-        self._turn = asyncio.Lock()
 
     @classmethod
     def build(cls, spec: RolloutSpec) -> RolloutWorker:
@@ -161,16 +159,13 @@ class RolloutWorker:
             if put is not None:
                 return Served(value=put.record, spans=tuple(spans), metrics=put.metrics)
             requests = await asyncio.to_thread(self._encode, order.prompts)
-            started = time.monotonic()
-            async with self._turn:
-                started = time.monotonic()
-                self._require(order.min_version)
-                completions = await self._generate(requests, order)
-                generated_s = time.monotonic() - started
+            self._require(order.min_version)
+            completions = await self._generate(requests, order)
             trajectories = await asyncio.to_thread(self._trajectories, order.prompts, requests, completions)
             put = await asyncio.to_thread(put_shard, self._store, order, trajectories)
         sampled = sum(len(trajectory.tokens) for trajectory in trajectories)
-        speed = {names.ROLLOUT_TOKENS_PER_S: sampled / max(generated_s, 1e-9)} if sampled else {}
+        generated_s = telemetry.phase_seconds(spans).get("seconds/rollout.generate", 0.0)
+        speed = {names.ROLLOUT_TOKENS_PER_S: sampled / generated_s} if sampled and generated_s else {}
         return Served(value=put.record, spans=tuple(spans), metrics={**put.metrics, **speed})
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
