@@ -25,7 +25,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,10 @@ FORMAT = 1
 """Version of the entries' format."""
 TRIES = 5
 """How often a put that failed for a passing reason is tried before the error goes to the caller."""
+MANY = 16
+"""Entries from which on they are read side by side."""
+READERS = 16
+"""How many are read at a time."""
 _FIELDS = {"format", "seq", "kind", "attempt", "nonce", "prev", "payload"}
 
 
@@ -201,13 +206,13 @@ class LogView:
         """Reads on to the end of the log and returns the entries that are new. Raises CorruptObjectError."""
         known = len(self._lineage.entries)
         self._torn.clear()
-        while (entry := self._read(self._next)) is not None or self._torn_at(self._next):
+        ahead = self._read_ahead()
+        while (entry := ahead.get(self._next) or self._read(self._next)) is not None or self._torn_at(self._next):
             if entry is None:
                 self._torn.append(self._next)
             else:
                 self._take_in(entry)
-        names = (key.removeprefix(self._layout.log_prefix) for key in self._store.list(self._layout.log_prefix))
-        if max((int(name) for name in names if name.isdecimal()), default=0) > self._next:
+        if max(self._listed(), default=0) > self._next:
             if self._read(self._next) is not None:  # it was appended while we looked
                 return (*self._lineage.entries[known:], *self.refresh())
             raise CorruptObjectError(
@@ -235,6 +240,22 @@ class LogView:
             return parse_entry(self._store.get(self._layout.log_entry(seq)), seq, self._place(seq))
         except (ObjectMissingError, CorruptObjectError):
             return None
+
+    def _listed(self) -> Iterator[int]:
+        names = (key.removeprefix(self._layout.log_prefix) for key in self._store.list(self._layout.log_prefix))
+        return (int(name) for name in names if name.isdecimal())
+
+    def _read_ahead(self) -> dict[int, Entry]:
+        """The entries that a listing shows behind the known ones, read side by side where they are many.
+
+        One after the other, a thousand of them take half a minute from a store that is 30 ms away.
+        """
+        numbers = [number for number in self._listed() if number >= self._next]
+        if len(numbers) < MANY:
+            return {}
+        with ThreadPoolExecutor(READERS, "steadyhelm-log") as threads:
+            entries = zip(numbers, threads.map(self._read, numbers), strict=True)
+            return {number: entry for number, entry in entries if entry is not None}
 
     def _torn_at(self, seq: int) -> bool:
         """Whether the slot holds something unreadable; it is read anew, so that one bad read voids nothing."""

@@ -305,6 +305,23 @@ def test_damage_before_the_end_is_an_error_not_a_void():
             CommitLog.read(damaged, "run")
 
 
+def test_a_long_log_reads_like_a_short_one():
+    store = MemoryStore()
+    log = CommitLog.take_over(store, "run", "start")
+    for iteration in range(1, 60):
+        log.commit_batch(batch(iteration))
+    assert CommitLog.read(store, "run").entries == log.entries
+    torn, damaged, gapped = store.copy(), store.copy(), store.copy()
+    torn.damage("run/log/00000060", keep_bytes=9)
+    assert (CommitLog.read(torn, "run").torn, CommitLog.read(torn, "run").last_iteration) == (60, 58)
+    damaged.damage("run/log/00000030", flip_bit=99)
+    with pytest.raises(CorruptObjectError, match=r"run/log/00000030.* later entries build on it"):
+        CommitLog.read(damaged, "run")
+    gapped.delete("run/log/00000030")
+    with pytest.raises(CorruptObjectError, match=r"run/log/00000030.*is missing"):
+        CommitLog.read(gapped, "run")
+
+
 def test_a_voided_entry_that_becomes_readable_again_is_an_error():
     store = MemoryStore()
     CommitLog.take_over(store, "run", "start").commit_batch(batch(1))
