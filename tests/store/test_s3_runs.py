@@ -1,9 +1,11 @@
 """What a run asks of its S3 store: the probe, the lease, processes that open it by its URI, a loop that resumes."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+from steadyhelm import driver
 from steadyhelm.config import RunFile
 from steadyhelm.errors import FatalError, StoreError
 from steadyhelm.loop import IterationReport, Loop, Services
@@ -110,3 +112,46 @@ async def test_a_loop_on_a_failing_server_resumes_with_the_numbers_of_an_undistu
         assert CommitLog.read(store, RUN.name).last_iteration == 4
     assert exact(disturbed) == exact(undisturbed)
     assert (learner.number, learner.applied) == (expected.number, expected.applied)
+
+
+def test_a_run_on_a_server_without_the_condition_is_refused_before_it_writes(s3_endpoint, s3_bucket, tmp_path):
+    with fault_proxy(s3_endpoint) as proxy:
+        proxy.fail("create", pretend, times=float("inf"))
+        uri = f"s3://{s3_bucket}/refused?endpoint={proxy.endpoint}"
+        model = {"factory": "task.py:build"}
+        run = RunFile.model_validate(RUN.model_dump() | {"model": model, "store": {"uri": uri}})
+        with pytest.raises(StoreError, match="8 of 8 writers created the same object"):
+            driver.run(run, tmp_path, driver.RunOptions(), lambda _: None)
+        assert list(open_store(uri).list("")) == []
+
+
+def new_run(store: ObjectStore) -> str:
+    record = {"format": 1, "steadyhelm": "0", "run": RUN.model_dump(mode="json")}
+    store.put("fake/run.json", json.dumps(record).encode())
+    return run_uri(store, "fake")
+
+
+async def test_the_command_line_cleans_up_a_run(s3_uri):
+    store = open_store(s3_uri)
+    place = new_run(store)
+    await drive(store, [])
+    listed, done, again = (steadyhelm("gc", place, *more) for more in (["--dry-run"], [], []))
+    assert listed.stdout.splitlines()[-1] == "would delete 3 objects"
+    assert done.stdout.splitlines()[:-1] == listed.stdout.splitlines()[:-1]
+    assert again.stdout == "deleted 0 objects\n"
+    assert {key.split("/")[2] for key in store.list("fake/weights/")} == {"000003.1", "000004.1"}
+
+
+def test_the_command_line_builds_a_report(s3_uri):
+    store = open_store(s3_uri)
+    place = new_run(store)
+    CommitLog.take_over(store, "fake", "start")
+    assert steadyhelm("report", place).stdout == f"wrote fake/report/report.html in {store.uri}\n"
+    assert b"<html" in bytes(store.get("fake/report/report.html"))
+
+
+def steadyhelm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "steadyhelm.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done

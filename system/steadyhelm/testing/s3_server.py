@@ -33,6 +33,7 @@ def s3_server(binary: Path, folder: Path, *options: str) -> Iterator[str]:
 
     Raises RuntimeError, with the end of the server's log, where it does not listen in time.
     """
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     environment = {

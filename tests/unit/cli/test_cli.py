@@ -94,8 +94,8 @@ sys.argv = ["steadyhelm", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = {"torch", "ray", "transformers", "deepspeed", "sklearn", "prometheus_client", "rich"} & set(sys.modules)
-    print("HEAVY", sorted(heavy))
+    heavy = {"torch", "ray", "transformers", "deepspeed", "sklearn", "prometheus_client", "rich", "boto3"}
+    print("HEAVY", sorted(heavy & set(sys.modules)))
 """
 
 
