@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from steadyhelm.data.types import ImageKey, PreferencePair, Prompt, PromptId
 from steadyhelm.errors import ConfigError, DataError
 from steadyhelm.services import Served
 from steadyhelm.store import ObjectStore
-from steadyhelm.store.images import put_image
+from steadyhelm.store.images import putting_images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +110,13 @@ class DatasetPrompts:
 
     def _load(self, ref: str) -> tuple[_Record, ...]:
         records = iterate_result(self._base, ref, call_code(self._base, ref))
-        return tuple(self._record(pair, index, ref) for index, pair in enumerate(checked_pairs(records, ref)))
+        with putting_images(self._store) as put:
+            return tuple(self._record(pair, index, ref, put) for index, pair in enumerate(checked_pairs(records, ref)))
 
-    def _record(self, pair: PreferencePair, index: int, source: str) -> _Record:
+    def _record(self, pair: PreferencePair, index: int, source: str, put: Callable[[bytes], ImageKey]) -> _Record:
         first, second = pair.responses
         images = tuple(
-            self._image_key(data, f"{source}: record {index} (pair_id {pair.pair_id!r}): image {number}")
+            self._image_key(data, put, f"{source}: record {index} (pair_id {pair.pair_id!r}): image {number}")
             for number, data in enumerate(pair.images)
         )
         texts = (self._text(pair.question, first, second), self._text(pair.question, second, first))
@@ -126,12 +128,12 @@ class DatasetPrompts:
             raise wrong_result(self._run.data.template or "template", "a non-empty string, the user message", text)
         return text
 
-    def _image_key(self, data: bytes, place: str) -> ImageKey:
+    def _image_key(self, data: bytes, put: Callable[[bytes], ImageKey], place: str) -> ImageKey:
         """The key of an image, checked and put once."""
         digest = hashlib.sha256(data).digest()
         if digest not in self._images:
             _check_image(data, place)
-            self._images[digest] = put_image(self._store, data)
+            self._images[digest] = put(data)
         return self._images[digest]
 
     def _prompt(self, place: Place) -> Prompt:

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -17,6 +18,9 @@ from steadyhelm.data.types import ObjectRef
 from steadyhelm.errors import ConfigError
 from steadyhelm.store.checksum import Data
 from steadyhelm.store.local import LocalStore
+
+READERS = 8
+"""Objects that ``read_all`` reads at a time."""
 
 
 class ObjectStore(Protocol):
@@ -101,6 +105,15 @@ def open_store(uri: str) -> ObjectStore:
     return LocalStore(Path(unquote(parts.path)))
 
 
+def read_all(store: ObjectStore, refs: Sequence[ObjectRef]) -> list[memoryview]:
+    """The objects' bytes, verified, in the order of ``refs``, read side by side.
+
+    Raises ObjectMissingError, CorruptObjectError.
+    """
+    with ThreadPoolExecutor(READERS, "steadyhelm-read") as threads:
+        return list(threads.map(store.read, refs))
+
+
 def run_uri(store: ObjectStore, run: str) -> str:
     """The place of a run in a line: the store's URI with the run's name behind its path. ``open_run`` reads it."""
     place, mark, settings = store.uri.partition("?")
@@ -119,4 +132,4 @@ def open_run(place: str) -> tuple[ObjectStore, str]:
     return open_store(store + mark + settings), run
 
 
-__all__ = ["Data", "LocalStore", "ObjectStore", "open_run", "open_store", "run_uri"]
+__all__ = ["Data", "LocalStore", "ObjectStore", "open_run", "open_store", "read_all", "run_uri"]

@@ -2,8 +2,9 @@ import os
 
 import pytest
 from steadyhelm.errors import CorruptObjectError, ObjectMissingError, StoreError
+from steadyhelm.store import read_all
 from steadyhelm.store.folders import fetch_folder, put_folder
-from steadyhelm.store.images import get_image, put_image
+from steadyhelm.store.images import MAX_PENDING, get_image, put_image, putting_images
 from steadyhelm.testing.memory_store import MemoryStore
 
 # sha256 of b"abc", from FIPS 180-2
@@ -68,3 +69,29 @@ def test_a_damaged_image_is_found_and_mended_by_the_next_put():
     assert get_image(store, ABC) == b"abc"
     with pytest.raises(ObjectMissingError):
         get_image(store, "images/" + "0" * 64)
+
+
+def test_many_images_are_put_side_by_side_and_are_all_there_behind():
+    store = MemoryStore()
+    data = [b"%d" % number for number in range(MAX_PENDING + 100)]
+    with putting_images(store) as put:
+        keys = [put(image) for image in data]
+    assert [get_image(store, key) for key in keys] == data
+
+
+@pytest.mark.parametrize("nth", [1, MAX_PENDING])
+def test_an_image_that_cannot_be_put_ends_the_putting(nth):
+    store = MemoryStore()
+    store.fail("images/*", nth=nth, error=StoreError("full"))
+    with pytest.raises(StoreError, match="full"), putting_images(store) as put:
+        list(map(put, (b"%d" % number for number in range(nth + 2))))
+
+
+def test_objects_that_are_read_side_by_side_come_in_order_and_verified():
+    store = MemoryStore()
+    refs = [store.put(f"run/{number}", b"%d" % number) for number in range(50)]
+    assert [bytes(data) for data in read_all(store, refs)] == [b"%d" % number for number in range(50)]
+    assert read_all(store, []) == []
+    store.damage("run/30", flip_bit=0)
+    with pytest.raises(CorruptObjectError, match="run/30"):
+        read_all(store, refs)

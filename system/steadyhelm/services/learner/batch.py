@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from steadyhelm.data.types import BatchManifest, FinishReason, ObjectRef, ShardRecord, Trajectory
 from steadyhelm.errors import DataError
-from steadyhelm.store import ObjectStore
+from steadyhelm.store import ObjectStore, read_all
 from steadyhelm.store.codec import decode_reference, decode_rewards, decode_rollout
 
 
@@ -51,7 +51,7 @@ class IterationBatch:
 def read_batch(
     store: ObjectStore, manifest: BatchManifest, *, with_rewards: bool, with_reference: bool
 ) -> IterationBatch:
-    """The manifest's shards, verified.
+    """The manifest's shards, verified, read side by side.
 
     Args:
         store: where the shards are.
@@ -68,11 +68,15 @@ def read_batch(
     rewards: list[NDArray[np.float32]] = []
     scored: list[NDArray[np.bool_]] = []
     reference: list[NDArray[np.float32]] = []
+    wanted = [shard.rollout for shard in manifest.shards]
+    wanted += [_needed(shard, "reward") for shard in manifest.shards if with_rewards]
+    wanted += [_needed(shard, "reference") for shard in manifest.shards if with_reference]
+    data = dict(zip(wanted, read_all(store, wanted), strict=True))
     for shard in manifest.shards:
-        rows = decode_rollout(store.read(shard.rollout))
+        rows = decode_rollout(data[shard.rollout])
         trajectories += rows
         if with_rewards:
-            found = decode_rewards(store.read(_needed(shard, "reward")))
+            found = decode_rewards(data[_needed(shard, "reward")])
             _check_length(shard, "rewards", len(found.total), len(rows))
             rewards.append(np.where(found.valid, found.total, np.float32(np.nan)))
             scored.append(found.valid)
@@ -80,7 +84,7 @@ def read_batch(
             rewards.append(np.full(len(rows), np.nan, np.float32))
             scored.append(np.ones(len(rows), np.bool_))
         if with_reference:
-            scores = decode_reference(store.read(_needed(shard, "reference")))
+            scores = decode_reference(data[_needed(shard, "reference")])
             _check_length(shard, "reference log-probs", len(scores), len(rows))
             reference += scores
     return _assemble(manifest, trajectories, rewards, scored, reference if with_reference else None)
