@@ -91,6 +91,7 @@ def batch_samples(store: ObjectStore, run_file: RunFile, batch: BatchManifest, d
     valid = np.concatenate([part.valid for part in rewards])
     names = list(rewards[0].components)
     parts = {name: np.concatenate([part.components[name] for part in rewards]) for name in names}
+    details = [detail for part in rewards for detail in part.detail]
     lengths, groups = [len(t.tokens) for t in trajectories], [t.prompt.group_id for t in trajectories]
     advantages, filtered = batch_advantages(run_file.objective, total, valid, lengths, groups)
     samples = []
@@ -100,7 +101,7 @@ def batch_samples(store: ObjectStore, run_file: RunFile, batch: BatchManifest, d
         )
         shown = {name: float(values[index]) for name, values in parts.items() if np.isfinite(values[index])}
         reward = float(total[index]) if valid[index] else None
-        samples.append(replace(sample, reward=reward, parts=shown, filtered=filtered[index]))
+        samples.append(replace(sample, reward=reward, parts=shown, detail=details[index], filtered=filtered[index]))
     return samples
 
 
@@ -139,6 +140,7 @@ def _sample(
         tokens=tokens(trajectory, decode, advantages),
         images=tuple(get_image(store, key) for key in prompt.images),
         finish=trajectory.finish.value,
+        meta=prompt.meta,
         correct=choice == prompt.label,
         advantage=None if advantages is None or not len(advantages) else float(advantages[-1]),
         why=why,

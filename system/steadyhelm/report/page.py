@@ -249,16 +249,24 @@ def _trajectory(sample: Sample) -> str:
     if sample.finish == "length":
         facts.append("truncated")
     meta = "".join(f"<span>{fact}</span>" for fact in facts)
-    body = f'<div class="meta">{_verdict(sample)}{meta}</div>{_completion(sample)}'
+    body = f'<div class="meta">{_verdict(sample)}{meta}</div>{_completion(sample)}{_noted(sample)}'
     return _card(sample, body, f' data-iteration="{sample.iteration}"')
+
+
+def _noted(sample: Sample) -> str:
+    """What the reward terms noted: why the sample is unscored first."""
+    notes = [f"Unscored: {sample.detail['error']}"] if "error" in sample.detail else []
+    notes += [f"{name}: {value}" for name, value in sample.detail.items() if name != "error"]
+    long = " long" if sum(map(len, notes)) > LONG_TEXT else ""
+    return f'<p class="soft{long}">{" · ".join(text(note) for note in notes)}</p>' if notes else ""
 
 
 def _card(sample: Sample, body: str, attributes: str) -> str:
     images = "".join(_image(image) for image in sample.images)
     long = " long" if len(sample.prompt) > LONG_TEXT else ""
-    prompt = (
-        f'<p class="prompt{long}">{text(sample.prompt)}</p><p class="soft">The better response is {sample.label}.</p>'
-    )
+    meta = "".join(f" · {text(name)}: {text(value)}" for name, value in sample.meta.items())
+    about = f'<p class="soft">The better response is {sample.label}.{meta}</p>'
+    prompt = f'<p class="prompt{long}">{text(sample.prompt)}</p>{about}'
     if not images:
         return f'<article class="card plain"{attributes}><div>{prompt}{body}</div></article>'
     return f'<article class="card"{attributes}><div>{images}</div><div>{prompt}{body}</div></article>'

@@ -29,8 +29,9 @@ class Sample:
     """A completion to show.
 
     ``images`` are encoded bytes. ``reward`` is None where the sample was unscored or is an evaluation's. ``parts`` are
-    the reward's parts. ``correct`` is None where nobody judged. ``advantage`` is the sequence's (of its last token),
-    ``filtered`` says that the filter set it to zero. ``why`` says why this sample was picked.
+    the reward's parts; ``detail`` is what its terms noted, with the reason under ``error`` where the sample is
+    unscored. ``meta`` is the pair's. ``correct`` is None where nobody judged. ``advantage`` is the sequence's (of its
+    last token), ``filtered`` says that the filter set it to zero. ``why`` says why this sample was picked.
     """
 
     iteration: int
@@ -42,6 +43,8 @@ class Sample:
     finish: str = "stop"
     reward: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, str] = field(default_factory=dict)
     correct: bool | None = None
     advantage: float | None = None
     filtered: bool = False

@@ -55,6 +55,7 @@ def trajectory(store: ObjectStore, index: int, answer: int, swapped: bool = Fals
         swapped=swapped,
         seed=index,
         pair_id=f"pair-{index}",
+        meta={"topic": f"topic {index}"},
     )
     return Trajectory(
         prompt=prompt,
@@ -73,7 +74,10 @@ def commit(store: ObjectStore, log: CommitLog, iteration: int) -> None:
     total = np.array([2.0, 2.0, 0.5, np.nan], np.float32)
     valid = np.array([True, True, True, False])
     rewards = Rewards(
-        total=total, valid=valid, components={"choice": np.array([1, 1, 0, np.nan], np.float32)}, detail=({},) * 4
+        total=total,
+        valid=valid,
+        components={"choice": np.array([1, 1, 0, np.nan], np.float32)},
+        detail=({"choice": 2}, {"choice": 2}, {"choice": 1}, {"error": "brevity: it returned None: no score"}),
     )
     shard = ShardRecord(
         shard=0,
@@ -136,6 +140,10 @@ def test_a_run_is_gathered_from_what_its_log_names(store: ObjectStore):
         (1, "0:0", "median reward", 2.0, {"choice": 1.0}, True),
     ]
     assert shown[3][:4] == (1, "0:3", "unscored", None)
+    assert [(s.detail, s.meta) for s in data.samples[2:4]] == [
+        ({"choice": 2}, {"topic": "topic 0"}),
+        ({"error": "brevity: it returned None: no score"}, {"topic": "topic 3"}),
+    ]
     assert len(shown) == 8
     best = data.samples[0]
     assert [token.text for token in best.tokens] == ["<think>", "five", "</think>", "<answer>", "2", "</answer>", "⏎"]
@@ -153,6 +161,7 @@ def test_the_same_held_out_prompts_before_and_after(store: ObjectStore):
     kinds = [(item.before.correct, item.after.correct) for item in data.comparisons]
     assert kinds == [(False, True), (True, True), (False, False)] * 2
     assert all(item.before.prompt == item.after.prompt for item in data.comparisons)
+    assert {item.after.meta["topic"] for item in data.comparisons} == {"topic 0", "topic 1", "topic 2"}
 
 
 def test_without_a_tokenizer_a_completion_is_one_piece_and_the_page_says_so(store: ObjectStore):

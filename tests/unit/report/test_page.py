@@ -77,7 +77,9 @@ def test_the_page_loads_nothing():
 
 
 def test_what_policy_and_data_wrote_is_escaped_wherever_it_stands():
-    evil = sample(EVIL, prompt=EVIL, prompt_id=EVIL, parts={EVIL: 1.0}, why=EVIL)
+    evil = sample(
+        EVIL, prompt=EVIL, prompt_id=EVIL, parts={EVIL: 1.0}, why=EVIL, meta={EVIL: EVIL}, detail={EVIL: EVIL}
+    )
     page = render_report(
         data(
             run=EVIL,
@@ -125,6 +127,18 @@ def test_a_token_that_did_not_count_has_no_colour():
     page = render_report(data(samples=(sample(tokens=(Token(text="zero", advantage=0.0),), filtered=True),)))
     assert '<span class="t" title="advantage 0">zero</span>' in page
     assert "(filtered)" in page
+
+
+def test_a_card_says_why_its_sample_is_unscored_and_what_the_terms_noted():
+    detail = {"choice": 2, "error": "brevity: it returned None: no score"}
+    page = render_report(data(samples=(sample(reward=None, detail=detail),), comparisons=()))
+    assert '<p class="soft">Unscored: brevity: it returned None: no score · choice: 2</p>' in page
+
+
+def test_a_pairs_meta_stands_on_every_card_that_shows_it():
+    shown = sample(meta={"source": "charts", "year": "2024"})
+    page = render_report(data(samples=(shown,), comparisons=(Comparison(before=shown, after=shown),)))
+    assert page.count("The better response is 2. · source: charts · year: 2024</p>") == 2
 
 
 def test_images_are_embedded_and_unknown_kinds_are_said_to_be():
