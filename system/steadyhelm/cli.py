@@ -175,8 +175,9 @@ def report(
     if output is None:
         typer.echo(f"wrote {write_report(store, name)} in {store.uri}")
         return
+    page = render_report(gather(store, name))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_report(gather(store, name)), encoding="utf-8")
+    output.write_text(page, encoding="utf-8")
     typer.echo(f"wrote {output}")
 
 
@@ -207,11 +208,14 @@ def collect(
 def data(
     file: RunPath,
     sets: Sets = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Prompts to show.")] = 3,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pairs to show.")] = 3,
     held_out: Annotated[bool, typer.Option("--eval", help="Show held-out pairs.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Shows the first prompts of FILE's data as the policy reads them."""
+    """Shows the first pairs of FILE's data as user messages.
+
+    In the data set's own order: a run shuffles, swaps responses, and wraps each message in the model's chat template.
+    """
     from itertools import islice
 
     from steadyhelm.data.code_ref import call_code, iterate_result
@@ -271,7 +275,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # the outermost frame: whatever it is becomes an exit code
         ours = isinstance(error, SteadyhelmError)
         if "--debug" in sys.argv or not ours:
             _complain(traceback.format_exc().rstrip())

@@ -23,7 +23,7 @@ __all__ = [
 
 
 def write_report(store: ObjectStore, run: str) -> str:
-    """Puts the report of ``run`` into its store and returns its key. Raises StoreError."""
+    """Puts the report of ``run`` into its store and returns its key. Raises ConfigError, StoreError."""
     key = f"{RunLayout(run).report}/report.html"
     store.put(key, render_report(gather(store, run)).encode())
     return key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from steadyhelm.data.types import BatchManifest, FinishReason, Rewards, Trajecto
 from steadyhelm.report.advantages import batch_advantages
 from steadyhelm.report.records import Comparison, Evaluation, ReportData, Sample, Token
 from steadyhelm.rewards.response import strict_choice
-from steadyhelm.store import ObjectStore
+from steadyhelm.store import ObjectStore, run_record
 from steadyhelm.store.codec import decode_rewards, decode_rollout
 from steadyhelm.store.images import get_image
 from steadyhelm.store.layout import RunLayout
@@ -33,9 +32,9 @@ def read_metrics(store: ObjectStore, run: str) -> list[MetricsLine]:
 
 
 def gather(store: ObjectStore, run: str) -> ReportData:
-    """Everything that the report of ``run`` shows. Raises ObjectMissingError where there is no such run."""
+    """Everything that the report of ``run`` shows. Raises ConfigError where there is no such run."""
     layout = RunLayout(run)
-    record = json.loads(bytes(store.get(layout.run_file)))
+    record = run_record(store, run)
     run_file = RunFile.model_validate(record["run"])
     log = LogView(store, run)
     decode = _decoder(store, layout, run_file)

@@ -17,7 +17,6 @@ its batch, or its attempt has been taken over. What the log has replaced by some
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -26,8 +25,8 @@ from typing import Literal, get_args
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, PolicyVersion, WeightsRecord
-from steadyhelm.errors import ConfigError, ObjectMissingError, StoreError
-from steadyhelm.store import ObjectStore
+from steadyhelm.errors import StoreError
+from steadyhelm.store import ObjectStore, run_record
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import LogView
@@ -105,23 +104,13 @@ def collect(store: ObjectStore, run: str, tell: EventSink, *, dry_run: bool = Fa
         FatalError: a driver is at it.
         ObjectMissingError: what a resume needs is not all there; nothing was deleted.
     """
+    keep = Keep.of(RunFile.model_validate(run_record(store, run)["run"]))
     with nullcontext() if dry_run else held(store, run, tell=tell):
-        found = list(unneeded(store, LogView(store, run), _keep(store, run)))
+        found = list(unneeded(store, LogView(store, run), keep))
         if not dry_run:
             remove(store, found)
         uploads = store.sweep(f"{run}/", dry_run=dry_run)
     return (*found, *(Unneeded(key=key, why="an upload that was never finished") for key in uploads))
-
-
-def _keep(store: ObjectStore, run: str) -> Keep:
-    key = RunLayout(run).run_file
-    try:
-        record = json.loads(bytes(store.get(key)))
-    except ObjectMissingError:
-        raise ConfigError(
-            f"there is no run {run!r} in {store.uri}: give the place that 'steadyhelm run' shows"
-        ) from None
-    return Keep.of(RunFile.model_validate(record["run"]))
 
 
 class _Needs:

@@ -78,6 +78,14 @@ def test_data_without_held_out_pairs_says_what_to_add(file: Path):
     assert "data.eval is not given" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["report"], ["gc"], ["gc", "--dry-run"]])
+def test_a_run_that_does_not_exist_is_exit_code_2_and_nothing_is_made(tmp_path: Path, command: list[str]):
+    done = steadyhelm(*command, tmp_path / "runs" / "digits")
+    assert done.returncode == 2
+    assert done.stderr.startswith("steadyhelm: there is no run 'digits' in file:///")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_schema_prints_json_and_version_a_version():
     assert json.loads(steadyhelm("schema").stdout)["properties"]["learner"]["$ref"].endswith("/Learner")
     assert steadyhelm("version").stdout == "0.1.0\n"

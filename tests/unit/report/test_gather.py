@@ -14,7 +14,7 @@ from steadyhelm.data.types import (
     ShardRecord,
     Trajectory,
 )
-from steadyhelm.errors import ObjectMissingError
+from steadyhelm.errors import ConfigError
 from steadyhelm.report import gather, read_metrics, write_report
 from steadyhelm.report.gather import picks, pieces
 from steadyhelm.store import ObjectStore, open_store
@@ -180,7 +180,7 @@ def test_the_report_is_put_beside_the_run(store: ObjectStore):
 
 
 def test_a_run_that_does_not_exist_is_an_error(store: ObjectStore):
-    with pytest.raises(ObjectMissingError):
+    with pytest.raises(ConfigError, match="there is no run 'nothing'"):
         gather(store, "nothing")
 
 
