@@ -18,9 +18,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@.ci/setup "$(VENV)" "$(PYTHON)"
 	@touch $@
 
+# The cold start is made once for each state of what makes it.
+COLD_START = digits-sft-$(shell cat workloads/r1_reward/digits_sft.yaml workloads/r1_reward/*.py | sha256sum | cut -c1-8)
+
 train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (RESUME=1 goes on with the last)
-	@$(BIN)/steadyhelm sft workloads/r1_reward/digits_sft.yaml
-	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new)
+	@$(BIN)/steadyhelm sft workloads/r1_reward/digits_sft.yaml --id $(COLD_START)
+	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new) \
+		--set model.path=runs/$(COLD_START)/model
 
 test: setup ## every test that needs nothing beyond PyPI
 	$(BIN)/pytest -m "not gpu and not runs and not store" tests

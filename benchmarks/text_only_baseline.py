@@ -8,7 +8,6 @@ black. ``--quick`` counts only.
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -16,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import table
-from steadyhelm.store import LocalStore
+import whole_runs
 from steadyhelm.telemetry import metrics as names
-from steadyhelm.telemetry.metrics_log import join_segments
 
-WORKLOAD = Path(__file__).resolve().parents[1] / "workloads" / "r1_reward"
 GOAL = 0.03
 
 
 def counted() -> tuple[float, int]:
     """Accuracy of the best guess from the text alone, ties to response 1, and the number of held-out pairs."""
-    sys.path.insert(0, str(WORKLOAD))
+    sys.path.insert(0, str(whole_runs.WORKLOAD))
     digits: Any = importlib.import_module("digits")
     seen: Counter[tuple[str, tuple[str, str], int]] = Counter()
     for pair in digits.train_pairs():
@@ -45,20 +42,12 @@ def trained(folder: Path) -> dict[str, float]:
 
     Raises RuntimeError where a run fails.
     """
-    _steadyhelm("sft", "digits_sft.yaml", {"data.train": "digits.py:blank_sft_pairs", "store.uri": folder})
+    whole_runs.steadyhelm("sft", "digits_sft.yaml", {"data.train": "digits.py:blank_sft_pairs", "store.uri": folder})
     blank = {"data.train": "digits.py:blank_train_pairs", "data.eval": "digits.py:blank_eval_pairs"}
-    _steadyhelm("run", "digits.yaml", {**blank, "model.path": folder / "digits-sft" / "model", "store.uri": folder})
-    store = LocalStore(folder)
-    lines = join_segments({key: bytes(store.get(key)) for key in store.list("digits-transformers/metrics/")})
-    return dict(next(line.metrics for line in reversed(lines) if names.EVAL_ACCURACY in line.metrics))
-
-
-def _steadyhelm(command: str, run_file: str, settings: dict[str, object]) -> None:
-    words = [sys.executable, "-m", "steadyhelm.cli", command, str(WORKLOAD / run_file), "--quiet"]
-    words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"steadyhelm {command} failed:\n{done.stdout}{done.stderr}")
+    start = {**blank, "model.path": folder / "digits-sft" / "model", "store.uri": folder}
+    whole_runs.steadyhelm("run", "digits.yaml", start)
+    found = whole_runs.evaluations(folder, "digits-transformers")
+    return found[max(found)]
 
 
 def measure(quick: bool) -> list[table.Row]:

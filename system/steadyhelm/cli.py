@@ -122,6 +122,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Model folder; default: the run file's model.")] = "",
     pairs: Annotated[int, typer.Option(min=0, help="Held-out pairs; 0 takes all.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    address: Address = "",
     log_format: Logs = LogFormat.HUMAN,
     debug: Debug = False,
 ) -> None:
@@ -135,7 +136,11 @@ def evaluate(
     telemetry.configure(log_format.value, _level(debug))
     from steadyhelm import driver
 
-    result = driver.evaluate(run_file, file.resolve().parent, model or None, pairs)
+    def told(event: telemetry.Event) -> None:
+        if isinstance(event, telemetry.Notice):  # what is waited for; stdout is the result's
+            telemetry.log_event(event)
+
+    result = driver.evaluate(run_file, file.resolve().parent, model or None, pairs, address, told)
     typer.echo(json.dumps(result, indent=1) if json_output else evaluation_line(result))
 
 

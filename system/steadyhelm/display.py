@@ -59,6 +59,8 @@ def evaluation_line(metrics: Mapping[str, float]) -> str:
         (names.EVAL_BOTH_ORDERS, "both orders right"),
         (names.EVAL_FIRST_SLOT, "chose the first"),
         (names.EVAL_UNPARSABLE, "unparsable"),
+        (names.EVAL_FORMAT, "format"),
+        (names.EVAL_CONSISTENCY, "consistent"),
     ):
         if name in metrics:
             line += f", {label} {100 * metrics[name]:.1f} %"
@@ -85,7 +87,10 @@ class Progress:
         if isinstance(event, RunStarted):
             self.run, self.iteration = event, event.first_iteration - 1
         elif isinstance(event, ServiceState):
-            self.services[event.service] = event
+            if event.state:
+                self.services[event.service] = event
+            else:
+                self.services.pop(event.service, None)
         elif isinstance(event, IterationDone):
             self.iteration, self.metrics = event.iteration, event.metrics
             self._seconds.append(event.metrics.get(names.ITERATION_SECONDS, 0.0))

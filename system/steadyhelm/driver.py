@@ -102,10 +102,12 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
         return asyncio.run(Driver(run_file, base, options.address, store, layout, log, told).drive())
 
 
-def evaluate(run_file: RunFile, base: Path, model: str | None, pairs: int) -> dict[str, float]:
+def evaluate(
+    run_file: RunFile, base: Path, model: str | None, pairs: int, address: str, tell: EventSink
+) -> dict[str, float]:
     """Metrics of the model folder ``model`` (None: the run file's) on the first ``pairs`` held-out pairs (0: all).
 
-    Raises the errors of ``run``.
+    ``address`` is of a Ray cluster to join, ``tell`` takes events for the display. Raises the errors of ``run``.
     """
     part = run_file.model if model is None else run_file.model.model_copy(update={"path": model, "factory": None})
     run_file = run_file.model_copy(update={"model": part})
@@ -113,22 +115,24 @@ def evaluate(run_file: RunFile, base: Path, model: str | None, pairs: int) -> di
         raise ConfigError("data.eval is not given: name the function that returns the held-out pairs")
     _require_model(run_file)
     with tempfile.TemporaryDirectory(prefix="steadyhelm-eval-") as scratch:
-        return asyncio.run(_evaluate(run_file, base, open_store(scratch), pairs))
+        return asyncio.run(_evaluate(run_file, base, open_store(scratch), pairs, address, tell))
 
 
-async def _evaluate(run_file: RunFile, base: Path, store: ObjectStore, pairs: int) -> dict[str, float]:
+async def _evaluate(
+    run_file: RunFile, base: Path, store: ObjectStore, pairs: int, address: str, tell: EventSink
+) -> dict[str, float]:
     from steadyhelm.evaluation.policy import evaluate_policy
     from steadyhelm.runtime import build, cluster, handles
 
     layout = RunLayout("evaluation")
     place = build.RunPlace(run=run_file, run_id=layout.run, attempt=0, base=str(base), store_uri=store.uri)
-    with cluster.cluster(run_file, run_file.runtime.address) as scratch:
-        prompts = handles.PromptsHandle(run_file, _silent)
-        rollout = handles.RolloutHandle(run_file, _silent)
+    with cluster.cluster(run_file, address or run_file.runtime.address) as scratch:
+        prompts = handles.PromptsHandle(run_file, tell)
+        rollout = handles.RolloutHandle(run_file, tell)
         try:
             prompts.pool.launch()
             rollout.pool.launch()
-            place = await _with_model(replace(place, scratch=scratch), _silent)
+            place = await _with_model(replace(place, scratch=scratch), tell)
             await asyncio.gather(
                 prompts.pool.ready(partial(build.prompts, place)), rollout.pool.ready(partial(build.rollout, place))
             )
@@ -289,7 +293,7 @@ class Driver:
             key,
             self._run,
             iteration=iteration,
-            limit=0 if last else schedule.eval_pairs,
+            limit=0 if last or iteration == 0 else schedule.eval_pairs,  # before and after: on the same pairs
         )
         metrics = dict(result.metrics)
         await asyncio.to_thread(
@@ -317,7 +321,7 @@ class Driver:
         payload = {"iterations": self._run.schedule.iterations, "ledger": ledger.counts(), "ledger_after": after}
         await asyncio.to_thread(self._log.finish, payload)
         self._tell(
-            Notice(text=f"Finished. The model is {self._layout.model}, the report {place} in {self._store.uri}.")
+            Notice(text=f"Finished. Model: {self._store.uri}/{self._layout.model} Report: {self._store.uri}/{place}")
         )
 
     @contextmanager

@@ -132,8 +132,8 @@ class Loop:
 
     async def _advance(self, batches: BatchMaker) -> AsyncIterator[IterationReport]:
         """Makes, commits, steps and serves one batch after the other."""
+        started = time.monotonic()
         for iteration in range(self._log.last_iteration + 1, self._run.schedule.iterations + 1):
-            started = time.monotonic()
             batch = await batches.take(iteration, unless=self._stop)
             if batch is None:
                 await self._save(iteration - 1)
@@ -144,6 +144,7 @@ class Loop:
             spans = (*batch.spans, *learned.spans, *spans)
             metrics = self._metrics(started, spans, batch.manifest.metrics, learned.metrics, metrics)
             yield IterationReport(iteration=iteration, version=version, served=True, metrics=metrics)
+            started = time.monotonic()  # a checkpoint counts in the iteration that waits for it
             await self._checkpoint(iteration)
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:

@@ -31,7 +31,7 @@ TRAIN_COPIES = {"which": 8, "size": 580, "parity": 135}
 """Training pairs per form, ordered text and label."""
 EVAL_COPIES = {"which": 3, "size": 170, "parity": 41}
 """Held-out pairs per form, ordered text and label."""
-SFT_COPIES = {"which": 30, "size": 8, "parity": 310}
+SFT_COPIES = {"which": 30, "size": 4, "parity": 310}
 """Traces per form, ordered text and label."""
 SPLIT_SEED = 1797
 """Fixes the split, the pairing and the order of the pairs; not a setting of a run."""

@@ -25,7 +25,7 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START, END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
 MAX_VOCAB = 512
-HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS = 128, 3, 4, 2
+HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, VISION_HEADS = 128, 3, 4, 2, 8
 ROPE_THETA = 30.0
 """So low because prompts are short: more of the few frequencies then tell neighbouring positions apart."""
 INITIALIZER_RANGE = 0.1
@@ -125,9 +125,9 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 2 * HIDDEN,
+            "num_heads": VISION_HEADS,
             "patch_size": 14,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,

@@ -84,8 +84,13 @@ class EvalResult:
             names.EVAL_ACCURACY_LOW: self.accuracy_interval[0],
             names.EVAL_ACCURACY_HIGH: self.accuracy_interval[1],
             names.EVAL_BOTH_ORDERS: self.both_orders,
+            names.EVAL_BOTH_ORDERS_LOW: self.both_orders_interval[0],
+            names.EVAL_BOTH_ORDERS_HIGH: self.both_orders_interval[1],
+            names.EVAL_ALWAYS_FIRST: self.always_first,
             names.EVAL_UNPARSABLE: self.unparsable,
             names.EVAL_FORMAT: self.format,
+            names.EVAL_CONSISTENCY: self.consistency,
+            names.EVAL_TRUNCATED: self.truncated,
             names.EVAL_PAIRS: float(self.num_pairs),
         }
         return found if self.first_slot is None else {**found, names.EVAL_FIRST_SLOT: self.first_slot}

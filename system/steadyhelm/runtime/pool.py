@@ -29,10 +29,11 @@ CLOSE_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One actor of a pool and how many calls it has to answer."""
+    """One actor of a pool, how many calls it has to answer, and what they are."""
 
     actor: ActorHandle
     number: int
+    doing: list[str] = field(default_factory=list)
     outstanding: int = 0
     alive: bool = True
 
@@ -117,12 +118,19 @@ class Pool:
     async def ask(self, member: Member, call: Awaitable[T], what: str, deadline_s: float) -> T:
         """The answer of one member; see ``calls.answer`` for the errors."""
         of = f"{self.service} {member.number}: {what}"
-        self.tell(ServiceState(service=f"{self.service} {member.number}", state=what, since_s=time.monotonic()))
+        member.doing.append(what)
+        self._show(member)
         try:
             return await answer(call, of=of, deadline_s=deadline_s, notice_s=self.notice_s, tell=self.tell)
         finally:
-            name = f"{self.service} {member.number}"
-            self.tell(ServiceState(service=name, state="idle", since_s=time.monotonic(), waiting=True))
+            member.doing.remove(what)
+            self._show(member)
+
+    def _show(self, member: Member) -> None:
+        """Tells what the member does: the first of its calls, the others wait behind it."""
+        state = (member.doing[0] if member.doing else "waits for work") if member.alive or member.doing else ""
+        name = f"{self.service} {member.number}"
+        self.tell(ServiceState(service=name, state=state, since_s=time.monotonic(), waiting=not member.doing))
 
     async def everywhere(self, method: Callable[[Member], Awaitable[T]]) -> list[T]:
         """The answers of all living members; one that is lost over it is replaced and left out."""
@@ -182,6 +190,7 @@ class Pool:
         member.alive = False
         text = f"{self.service} {member.number} is lost ({error}); another one takes its place"
         self.tell(Notice(text=text, level="warning"))
+        self._show(member)
         ray.kill(member.actor)
         task = asyncio.create_task(self._replace(member))
         self._replacing.add(task)
@@ -208,5 +217,6 @@ class Pool:
         async with self._changed:
             new.alive = self._broken is None
             self._changed.notify_all()
+        self._show(new)
         if new.alive:
             self.tell(Notice(text=f"{self.service} {new.number} serves"))

@@ -26,7 +26,9 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceState:
-    """What a service is doing or waiting for. ``since_s`` is ``time.monotonic()`` at the change.
+    """What a service is doing or waiting for; an empty ``state``: it is gone.
+
+    ``since_s`` is ``time.monotonic()`` at the change.
 
     Example: ``ServiceState(service="learner", state="waits for the batch of iteration 12", since_s=2211.5,
     waiting=True)``

@@ -97,9 +97,14 @@ EVAL_ACCURACY = _metric("eval/accuracy", "Share of right answers, averaged over 
 EVAL_ACCURACY_LOW = _metric("eval/accuracy_low", "Lower bound of the accuracy's 95 % interval", "ratio")
 EVAL_ACCURACY_HIGH = _metric("eval/accuracy_high", "Upper bound of the accuracy's 95 % interval", "ratio")
 EVAL_BOTH_ORDERS = _metric("eval/both_orders", "Share of pairs answered rightly in both orders", "ratio")
+EVAL_BOTH_ORDERS_LOW = _metric("eval/both_orders_low", "Lower bound of that share's 95 % interval", "ratio")
+EVAL_BOTH_ORDERS_HIGH = _metric("eval/both_orders_high", "Upper bound of that share's 95 % interval", "ratio")
+EVAL_ALWAYS_FIRST = _metric("eval/always_first", "Accuracy of a judge that always chooses the first response", "ratio")
 EVAL_FIRST_SLOT = _metric("eval/first_slot", "Share of answers that chose the first response; 0.5 is unbiased", "ratio")
 EVAL_UNPARSABLE = _metric("eval/unparsable", "Share of completions without a readable answer", "ratio")
 EVAL_FORMAT = _metric("eval/format", "Share of completions in the asked format", "ratio")
+EVAL_CONSISTENCY = _metric("eval/consistency", "Share of completions whose thought concludes their answer", "ratio")
+EVAL_TRUNCATED = _metric("eval/truncated", "Share of completions cut at the token limit", "ratio")
 EVAL_PAIRS = _metric("eval/pairs", "Held-out pairs evaluated")
 
 # Run
