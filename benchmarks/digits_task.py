@@ -2,7 +2,7 @@
 
 For each of three seeds the two runs of ``make train`` (cold start, then reinforcement learning), and 50 iterations more
 from the final model, with the same learning rate schedule from half its peak. Accuracies are on all held-out pairs, in
-both orders; the table shows the median over the seeds, and each seed's accuracy. ``--quick`` makes a short cold start only.
+both orders; the table shows the median over the seeds, and each seed's accuracy. ``--quick`` makes a short cold start.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Runs the digits recipe from a random model, for few iterations: once with an iteration of at least 20 s on two cores,
 and once with the sizes of ``make train``. The share is what the run itself logs as ``overhead/share``: one minus the
-union of all spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over the
-iteration's wall time, checkpoints included. The first iteration of each run warms caches and does not count. ``--quick``
-makes a short run of the second kind only.
+union of all spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over
+the iteration's wall time, checkpoints included. The first iteration of each run warms caches and does not count.
+``--quick`` makes a short run of the second kind only.
 """
 
 from __future__ import annotations
