@@ -1,6 +1,7 @@
 """The how-to pages' code, taken from the pages and run as their reader would."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ DATASET, REWARD = DOCS / "howto" / "own-dataset.md", DOCS / "howto" / "own-rewar
 USER_LINES = 30
 
 
-@pytest.mark.parametrize("page", [DATASET, REWARD], ids=lambda page: page.stem)
-def test_a_how_to_needs_at_most_thirty_lines_of_code(page: Path):
-    code = files(page)["task.py"].splitlines()
+@pytest.mark.parametrize(("page", "file"), [(DATASET, "task.py"), (REWARD, "rewards.py")])
+def test_a_how_to_needs_at_most_thirty_lines_of_code(page: Path, file: str):
+    code = files(page)[file].splitlines()
     assert 5 < len([line for line in code if line.strip()]) <= USER_LINES
     assert max(map(len, code)) <= 120
 
@@ -35,12 +36,19 @@ def write(page: Path, folder: Path) -> Path:
     return folder
 
 
+def supplied(page: Path) -> set[str]:
+    """The files that the page has its reader supply."""
+    (sentence,) = re.findall(r"The images, .*?yours to supply", page.read_text(), re.DOTALL)
+    return set(re.findall(r"`(.*?)`", sentence))
+
+
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = write(DATASET, tmp_path)
     for name in ("red", "blue"):
         Image.new("RGB", (56, 56), name).save(folder / f"{name}.png")
     (folder / "eval.jsonl").write_text((folder / "train.jsonl").read_text())
+    assert {file.name for file in folder.iterdir()} == set(files(DATASET)) | supplied(DATASET)
     monkeypatch.chdir(folder)
     return folder
 
@@ -94,7 +102,8 @@ def trajectory(number: int, group: str, answer: str, num_tokens: int) -> Traject
 
 
 async def test_an_own_reward_scores_a_shard(tmp_path: Path):
-    base = write(REWARD, tmp_path)
+    base = write(DATASET, tmp_path)
+    write(REWARD, tmp_path)
     config = load_run_file(base / "run.yaml").reward
     assert config.combine == "r1_reward"
     rows = [trajectory(0, "0:7", "1", 100), trajectory(1, "0:7", "2", 300), trajectory(2, "0:7", "1", 500)]
