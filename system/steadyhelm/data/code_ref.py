@@ -84,7 +84,7 @@ def _errors_named(base: Path, ref: str, what: str) -> Iterator[None]:
         yield
     except SteadyhelmError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # task code may raise anything
         folder = (base / ref.rpartition(":")[0]).resolve().parent
         raise ConfigError(f"{ref}: {what} failed{failed_at(error, folder)}; fix the file") from error
 
@@ -133,7 +133,7 @@ def _module(path: Path, ref: str) -> ModuleType:
         sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # task code may raise anything
         sys.modules.pop(name, None)
         if alias:
             sys.modules.pop(path.stem, None)

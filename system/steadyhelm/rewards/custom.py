@@ -35,7 +35,7 @@ def load_term(base: Path, term: CustomTerm) -> RewardTerm:
     if inspect.isclass(found):
         try:
             found = found()
-        except Exception as error:
+        except Exception as error:  # a user's constructor may raise anything
             raise ConfigError(
                 f"{term.code}: making a {found.__name__} without arguments failed{failed_at(error, base)}"
             ) from error
