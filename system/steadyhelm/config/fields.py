@@ -47,10 +47,21 @@ def field_at(root: type[Part], value: Any, place: Place) -> FieldInfo | None:
 
 
 def default_at(root: type[Part], value: Any, place: Place) -> Any:
-    """The default of the field at ``place`` as plain mappings and lists; an empty mapping where it has none."""
+    """The default of the field at ``place`` as a run file would write it: types, and what they do not imply.
+
+    An empty mapping where it has none. Example: ``{"type": "stable_reinforce"}`` for ``algorithm``; its own defaults
+    are left out, so that setting another ``type`` gives that variant's.
+    """
     found = field_at(root, value, place)
     default = None if found is None or found.is_required() else found.get_default(call_default_factory=True)
-    return {} if default is None else plain(default)
+    return {} if default is None else _written(default)
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        kind = {"type": value.type} if "type" in type(value).model_fields else {}
+        return kind | value.model_dump(mode="json", exclude_defaults=True)
+    return [_written(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def plain(value: Any) -> Any:

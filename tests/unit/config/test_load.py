@@ -1,6 +1,8 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from steadyhelm.config.algorithm import Algorithm, Filter, PreClip
 from steadyhelm.config.load import diff_run_files, load_run_file
 from steadyhelm.errors import ConfigError
 
@@ -244,6 +246,31 @@ def test_overrides_replace_values_of_the_file_and_of_defaults_and_list_elements(
 def test_an_override_opens_the_default_of_a_variant_that_the_file_leaves_out(folder: Path):
     line = "algorithm: {type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}\n"
     assert load(folder, (line, ""), sets=("algorithm.beta=0.1",)).algorithm.type == "stable_reinforce"
+
+
+@pytest.mark.parametrize("variant", get_args(get_args(Algorithm)[0]))
+def test_setting_the_type_of_a_union_that_the_file_leaves_out_gives_that_variants_own_defaults(folder: Path, variant):
+    line = "algorithm: {type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}\n"
+    kind = variant.model_fields["type"].default
+    sets = (f"algorithm.type={kind}", "rollout.samples_per_prompt=2", "data.swap=none")
+    assert load(folder, (line, ""), sets=sets).algorithm == variant()
+
+
+def test_setting_the_type_of_a_default_list_element_gives_that_variants_own_defaults(folder: Path):
+    terms = GOOD[GOOD.index("reward:") : GOOD.index("learner:")]
+    run_file = load(folder, (terms, ""), sets=("reward.terms.2={type: custom, name: a, code: task.py:train_pairs}",))
+    assert [term.type for term in run_file.reward.terms] == ["format", "choice", "custom"]
+    run_file = load(folder, (terms, ""), sets=("reward.combine=sum", "reward.terms.1.mode=release"))
+    assert run_file.reward.terms[1].mode == "release"
+    sets = ("reward.terms.1={type: format}", "reward.terms.0.type=choice", "reward.terms.2.weight=1")
+    assert [term.weight for term in load(folder, (terms, ""), sets=sets).reward.terms] == [1.0, 0.5, 1.0]
+
+
+def test_opening_a_part_whose_default_is_not_its_classs_keeps_what_the_override_does_not_name(folder: Path):
+    edit = ("{type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}", "{type: reinforce_pp}")
+    algorithm = load(folder, edit, sets=("algorithm.filter.k=2", "algorithm.pre_clip.max=9")).algorithm
+    assert algorithm.filter == Filter(mode="none", k=2)
+    assert algorithm.pre_clip == PreClip(enabled=False, max=9)
 
 
 OVERRIDES = {
