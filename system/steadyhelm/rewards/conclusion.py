@@ -1,9 +1,12 @@
 """Reading which response a thought concludes for, by rules.
 
 The last line with a verdict decides. A verdict is a statement that one response is better (or worse, which speaks for
-the other one); only where the whole text has none of those do "right" and "wrong" count. Inside the deciding line a
-sentence that opens with a concluding word ("So", "Overall", …) goes before the others; if what remains speaks for both
-responses, the thought has no conclusion. All patterns have bounded repetitions, so the time is linear in the text.
+the other one) or is the answer; only where the whole text has none of those do "right" and "wrong" count. A bare number
+is a verdict where it ends a sentence that says what was chosen ("I choose 2", "My choice: 2") or that concludes
+("Therefore the answer is 1"); elsewhere "the answer is 2" may answer the question that the responses are about, and
+counts as little as "right". Inside the deciding line a sentence that opens with a concluding word ("So", "Overall", …)
+goes before the others; if what remains speaks for both responses, the thought has no conclusion. All patterns have
+bounded repetitions, so the time is linear in the text.
 """
 
 from __future__ import annotations
@@ -45,18 +48,46 @@ _NAMED = re.compile(
     rf"(?:\sthe)?\s{_SUBJECT}",
     re.IGNORECASE,
 )
-_STRONG = (_stated(_UP, _DOWN), _COMPARED, _NAMED)
-_WEAK = (_stated(_RIGHT, _WRONG),)
+_OPENING = (
+    r"(?:so|thus|hence|therefore|overall|finally|consequently|in\s(?:conclusion|summary|short|the\send)|"
+    r"to\s(?:conclude|sum\sup))"
+)
+_CHOICE = r"(?:answer|choice|pick|selection|preference|verdict|decision|conclusion|judge?ment)"
+_PRAISE = r"(?:(?:final|overall|correct|right|best|better|preferred)\s)?"
+_IS = r"(?:\s(?:is|was|would\sbe|must\sbe|should\sbe|has\sto\sbe)(?P<not>\snot|n't|n’t)?:?\s|\s?[:=]\s?)"
+_NUMBER = r"(?P<who>1|2|one|two)(?=[\s.!;,:)]{0,8}(?:</think>\s{0,8})?$)"
+
+_ANSWERED = re.compile(
+    rf"\b(?:(?:the|my|our)\s)?(?:(?P<down>(?:{_DOWN}|{_WRONG})\s{_CHOICE})|(?P<up>{_PRAISE}{_CHOICE})){_IS}(?:the\s)?"
+    rf"{_SUBJECT}(?!\s(?:or|and)\b)",
+    re.IGNORECASE,
+)
+_CONCLUDED = re.compile(
+    rf"^\s*(?P<up>(?:(?:{_OPENING}|(?:I|we)\sconclude(?:\sthat)?)[,:]?\s(?:(?:the|my|our)\s)?{_PRAISE}"
+    rf"|(?:the\s)?final\s|(?:my|our)\s(?:final\s)?){_CHOICE}){_IS}{_NUMBER}",
+    re.IGNORECASE,
+)
+_CHOSEN = re.compile(
+    rf"(?:^\s*{_OPENING}[,:]?\s|\b(?:I|we)\s)(?:(?:would|will|must|should|do|therefore|thus|hence)\s){{0,2}}"
+    rf"(?:(?P<not>not|never)\s)?(?P<up>choose|pick|select|prefer|go\swith)\s{_NUMBER}",
+    re.IGNORECASE,
+)
+_ANSWER = re.compile(
+    rf"(?:^\s*|,\s)(?P<up>(?:the\s)?(?:correct\s|right\s)?(?:answer|choice)){_IS}{_NUMBER}", re.IGNORECASE
+)
+_STRONG = (_stated(_UP, _DOWN), _COMPARED, _NAMED, _ANSWERED, _CONCLUDED, _CHOSEN)
+_WEAK = (_stated(_RIGHT, _WRONG), _ANSWER)
 _UNASSERTED = re.compile(
     r"\b(?:if|whether|unless|neither|nor|or|either|both|which|than|(?:not|n't|cannot)\s(?:\w{1,12}\s){1,3}(?:that\s)?)\s?$",
     re.IGNORECASE,
 )
 _CONCLUDING = re.compile(
-    r"\s*(?:so|thus|hence|therefore|overall|finally|consequently|in\s(?:conclusion|summary|short|the\send)|"
-    r"to\s(?:conclude|sum\sup)|(?:my|the)?\s?(?:final\s)?(?:conclusion|verdict|decision|judge?ment))\b",
+    rf"\s*(?:{_OPENING}|(?:(?:my|the)\s)?(?:final\s(?:answer|choice)|(?:final\s)?(?:conclusion|verdict|decision|"
+    r"judge?ment))|my\s(?:answer|choice))\b",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
+_SLOT = re.compile(r"1|2|one|two|first|second", re.IGNORECASE)
 _SLOTS = {"1": 1, "one": 1, "first": 1, "2": 2, "two": 2, "second": 2}
 _BEFORE = 48  # characters before a verdict in which a word that takes its assertion away is looked for
 
@@ -65,7 +96,7 @@ def conclusion(text: str) -> int | None:
     """1 or 2: the response that the thought ``text`` concludes for; None where it has no, or no clear, conclusion."""
     lines = [re.sub(r"[ \t*_`\"]+", " ", line) for line in re.split(r"\n", text)]
     for patterns in (_STRONG, _WEAK):
-        for line in reversed(lines):
+        for line in filter(_SLOT.search, reversed(lines)):
             if verdicts := _line_verdicts(line, patterns):
                 return verdicts.pop() if len(verdicts) == 1 else None
     return None
@@ -84,7 +115,7 @@ def _line_verdicts(line: str, patterns: tuple[re.Pattern[str], ...]) -> set[int]
 
 
 def _sentence_verdicts(sentence: str, patterns: tuple[re.Pattern[str], ...]) -> set[int]:
-    if sentence.rstrip().endswith("?"):
+    if not _SLOT.search(sentence) or sentence.rstrip().endswith("?"):
         return set()
     verdicts = set()
     for pattern in patterns:

@@ -43,6 +43,21 @@ def sample(text: str) -> Sample:
         ("Response 2 outperforms Response 1.", 2),
         ("I prefer Response 2.", 2),
         ("I would choose the first response", 1),
+        ("So the answer is response 2", 2),
+        ("So the correct answer is the first one.", 1),
+        ("Final Answer: Response 2", 2),
+        ("The final answer is: **Response 1**", 1),
+        ("My choice: Response 1.", 1),
+        ("Therefore the answer is 1", 1),
+        ("Thus, the better answer is 2.</think>", 2),
+        ("In conclusion, my final choice is **2**.", 2),
+        ("Final answer: 2", 2),
+        ("My choice: 2", 2),
+        ("I conclude that the answer is one.", 1),
+        ("It misreads the scene, so I choose 2.", 2),
+        ("So I would pick 1.", 1),
+        ("The answer is 2.", 2),
+        ("Answer: 1", 1),
     ],
 )
 def test_a_conclusion_is_read_in_many_wordings(text, expected):
@@ -63,6 +78,11 @@ def test_a_conclusion_is_read_in_many_wordings(text, expected):
         ("Response 2 loses", 1),
         ("Response 2 is wrong.", 1),
         ("Response 2 is not wrong.", 2),
+        ("So the answer is not response 2", 1),
+        ("Therefore the answer is not 1.", 2),
+        ("So the wrong answer is Response 1.", 2),
+        ("The worse answer: Response 2", 1),
+        ("I would not choose 1.", 2),
     ],
 )
 def test_a_verdict_against_one_response_speaks_for_the_other(text, expected):
@@ -88,6 +108,19 @@ def test_a_verdict_against_one_response_speaks_for_the_other(text, expected):
         "Response 1 is better in style, but overall Response 2 is better.",
         "Response 1 is right. Response 2 is right.",
         "<answer>1</answer>",
+        "So the answer is response 1 or response 2.",
+        "If the answer is response 2, I say so.",
+        "I doubt whether the correct answer is response 2.",
+        "Is the answer response 2?",
+        "So the answer is 12.",
+        "So the answer is 1.5",
+        "So the answer is 2 apples.",
+        "So the answer is 2 or 1.",
+        "So Response 1 says that the answer is 2.",
+        "I choose 2 criteria to compare them.",
+        "They choose 2.",
+        "The final answer is 7.",
+        "My choice: both",
     ],
 )
 def test_a_thought_without_a_clear_conclusion_has_none(text):
@@ -104,6 +137,14 @@ def test_a_concluding_sentence_goes_before_the_rest_of_its_line():
     assert conclusion("Overall, Response 2 is better. Response 1 is better in style.") == 2
 
 
+def test_an_answer_to_the_question_gives_way_to_a_verdict_on_a_response():
+    assert conclusion("The answer is 2.\nResponse 1 is better.") == 1
+    assert conclusion("Response 1 is better.\nThe answer is 2.") == 1
+    assert conclusion("The answer is 2. Response 1 is right.") is None
+    assert conclusion("Response 1 is better in style.\nTherefore the answer is 2.") == 2
+    assert conclusion("Response 1 is better in style. My choice: 2.") == 2
+
+
 def test_right_and_wrong_count_only_where_nothing_is_better():
     assert conclusion("I see 3. Response 1 says three. Response 2 is wrong.") == 1
     assert conclusion("Response 2 is wrong about the colour. Response 2 is better.") == 2
@@ -115,14 +156,18 @@ def test_right_and_wrong_count_only_where_nothing_is_better():
         "Response 1 is " + "clearly " * 30_000,
         "response 1 " * 30_000,
         "not that " * 30_000,
+        "so the final answer is " * 20_000,
+        "so I would choose " * 20_000,
+        "my choice: 1" + ", " * 100_000 + "and",
+        "the answer is the first response or " * 10_000,
         "\n" * 200_000,
         "a" * 300_000,
     ],
 )
 def test_hostile_thoughts_take_linear_time(text):
-    started = time.perf_counter()
+    started = time.process_time()
     assert conclusion(text) is None
-    assert time.perf_counter() - started < 3.0
+    assert time.process_time() - started < 3.0
 
 
 def text(thought: str, answer: str) -> str:
