@@ -86,6 +86,7 @@ _CONCLUDING = re.compile(
     r"judge?ment))|my\s(?:answer|choice))\b",
     re.IGNORECASE,
 )
+_LINE_END = re.compile(r"\n|;(?! \S)")  # shown_thought joins lines with a bare ";", prose puts one space behind it
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 _SLOT = re.compile(r"1|2|one|two|first|second", re.IGNORECASE)
 _SLOTS = {"1": 1, "one": 1, "first": 1, "2": 2, "two": 2, "second": 2}
@@ -94,7 +95,7 @@ _BEFORE = 48  # characters before a verdict in which a word that takes its asser
 
 def conclusion(text: str) -> int | None:
     """1 or 2: the response that the thought ``text`` concludes for; None where it has no, or no clear, conclusion."""
-    lines = [re.sub(r"[ \t*_`\"]+", " ", line) for line in re.split(r"\n", text)]
+    lines = [re.sub(r"[ \t*_`\"]+", " ", line) for line in _LINE_END.split(text)]
     for patterns in (_STRONG, _WEAK):
         for line in filter(_SLOT.search, reversed(lines)):
             if verdicts := _line_verdicts(line, patterns):

@@ -170,6 +170,22 @@ def test_hostile_thoughts_take_linear_time(text):
     assert time.process_time() - started < 3.0
 
 
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "I look.\nResponse 1 is better in style.\nSo Response 2 is better.\n",
+        "Response 1 is better in style.\nResponse 2 is right.\nResponse 2 is better in fact.",
+        "I look.\nOverall, Response 2 is better.\n   Response 1 is better.\nThat is all.",
+        "Response 2 names the digit.\nTherefore the answer is 2.",
+        "I look.\nOverall, Response 2 is better; Response 1 is better in style only.",
+    ],
+)
+async def test_three_lines_shown_are_read_like_all_lines(thought):
+    assert judge_case(text(thought, "2"), lines=3).thought.count("\n") == 0
+    for answer in ("1", "2"):
+        assert await values_of(text(thought, answer), lines=3) == await values_of(text(thought, answer)) != [0.0]
+
+
 def text(thought: str, answer: str) -> str:
     return f"<think>{thought}</think><answer>{answer}</answer>"
 
