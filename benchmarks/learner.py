@@ -126,6 +126,7 @@ def prepared(size: Size) -> Iterator[Setting]:
             num_tokens=sum(len(row.tokens) for row in trajectories),
             min_version=0,
             max_version=0,
+            attempt=1,
             reward=store.put("benchmark/0.reward", encode_rewards(rewards)),
         )
         manifest = BatchManifest(

@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord, Span
-from steadyhelm.errors import UnscoredError
+from steadyhelm.errors import FatalError, UnscoredError
 from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
 from steadyhelm.services.concurrency import together
 from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.log import LogView
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.telemetry import phase_seconds
 
@@ -58,10 +59,10 @@ class Batch:
 class BatchMaker:
     """Makes batches ahead of the learner, ``schedule.max_staleness`` of them at most."""
 
-    def __init__(self, services: BatchServices, layout: RunLayout, attempt: int, run: RunFile) -> None:
+    def __init__(self, services: BatchServices, layout: RunLayout, log: LogView, run: RunFile) -> None:
         self._services = services
         self._layout = layout
-        self._attempt = attempt
+        self._log = log
         self._run = run
         self._making: dict[int, asyncio.Task[Batch]] = {}
 
@@ -127,15 +128,26 @@ class BatchMaker:
             metrics[names.ROLLOUT_TOKENS_PER_S] = metrics[names.ROLLOUT_TOKENS] / generating
         for name, outcome in ((names.UNSCORED, "unscored"), (names.DROPPED, "dropped"), (names.REPLACED, "replaced")):
             metrics[name] = float(sum(value.startswith(outcome) for value in outcomes.values()))
-        policy = PolicyVersion(iteration=min((s.min_version for s in shards), default=0), attempt=self._attempt)
+        policy = self._policy(iteration, shards)
         return BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes, metrics=metrics)
 
+    def _policy(self, iteration: int, shards: Sequence[ShardRecord]) -> PolicyVersion:
+        """The oldest policy version that sampled a token. Raises FatalError for one that was never published."""
+        versions = [PolicyVersion(iteration=s.min_version, attempt=s.attempt) for s in shards if s.prompt_ids]
+        policy = min(versions, default=PolicyVersion(iteration=0, attempt=self._log.attempt))
+        if versions and not self._run.is_sft and not self._log.published(policy):
+            raise FatalError(
+                f"iteration {iteration}: an engine says that policy {policy} sampled its completions, but the log has "
+                "no such version: the engine names another version than the one it was given, report it"
+            )
+        return policy
+
     async def _shards(self, iteration: int, first: int, prompts: Sequence[Prompt]) -> list[Served[ShardRecord]]:
-        size = self._run.rollout.engine.batch
+        size, attempt = self._run.rollout.engine.batch, self._log.attempt
         sampling = Sampling(max_new_tokens=self._run.rollout.max_new_tokens, temperature=self._run.rollout.temperature)
         orders = [
             ShardOrder(
-                key=self._layout.shard(iteration, self._attempt, first + n, "rollout"),
+                key=self._layout.shard(iteration, attempt, first + n, "rollout"),
                 shard=first + n,
                 prompts=tuple(prompts[start : start + size]),
                 sampling=sampling,
@@ -190,6 +202,7 @@ class BatchMaker:
 
     def _staleness(self, iteration: int, shards: Sequence[ShardRecord]) -> dict[str, float]:
         """How many policy versions the batch's tokens lag behind the one that it is trained from."""
+        shards = [shard for shard in shards if shard.prompt_ids]
         if self._run.is_sft or not shards:
             return {}
         newest = iteration - 1

@@ -95,7 +95,7 @@ class Loop:
         Raises the services' errors; a LearnerLostError is answered by a replay, ``learner.max_restarts`` times.
         """
         losses = 0
-        batches = BatchMaker(self._services, self._layout, self._log.attempt, self._run)
+        batches = BatchMaker(self._services, self._layout, self._log, self._run)
         try:
             while True:
                 try:

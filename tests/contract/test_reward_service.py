@@ -100,6 +100,7 @@ def put(store: LocalStore, trajectories: list[Trajectory], shard: int = 0) -> Sh
         num_tokens=sum(len(item.tokens) for item in trajectories),
         min_version=0,
         max_version=0,
+        attempt=1,
     )
 
 
@@ -243,7 +244,7 @@ async def test_a_damaged_shard_is_never_scored(scorer, store, tmp_path):
     shard = put(store, [trajectory(0)])
     wrong = ObjectRef(key=shard.rollout.key, num_bytes=shard.rollout.num_bytes, xxh3="0" * 32)
     record = ShardRecord(
-        shard=0, rollout=wrong, prompt_ids=shard.prompt_ids, num_tokens=3, min_version=0, max_version=0
+        shard=0, rollout=wrong, prompt_ids=shard.prompt_ids, num_tokens=3, min_version=0, max_version=0, attempt=1
     )
     with pytest.raises(CorruptObjectError):
         await scorer().score(record)

@@ -128,6 +128,7 @@ def put_iteration(name, number, iteration, store):
                 num_tokens=sum(len(row.tokens) for row in part),
                 min_version=number - 1,
                 max_version=number - 1,
+                attempt=1,
                 reward=store.put(f"{key}.reward", encode_rewards(rewards)),
                 reference=store.put(f"{key}.reference", encode_reference(iteration.reference[rows])),
                 valid=tuple(bool(flag) for flag in rewards.valid),

@@ -196,7 +196,8 @@ class ShardRecord:
 
     ``rollout`` names the trajectories, ``reward`` and ``reference`` what was added (None until scored; ``reference``
     stays None when β = 0). ``prompt_ids`` are in the shard's order; ``valid`` too (empty until rewarded).
-    ``min_version`` and ``max_version`` bound the policy iterations that sampled its tokens.
+    ``min_version`` and ``max_version`` bound the policy iterations that sampled its tokens; ``attempt`` is the one that
+    published ``min_version``, so that the two name a policy version.
     """
 
     shard: int
@@ -205,6 +206,7 @@ class ShardRecord:
     num_tokens: int
     min_version: int
     max_version: int
+    attempt: int
     reward: ObjectRef | None = None
     reference: ObjectRef | None = None
     valid: tuple[bool, ...] = ()
@@ -214,6 +216,7 @@ class ShardRecord:
 class BatchManifest:
     """The batch of one iteration, as the commit log names it: everything the learner needs to step it again.
 
+    ``policy`` is the oldest policy version that sampled a token of it, as the engine answered it.
     ``outcomes`` maps each issued prompt id to ``"trained"``, ``"dropped:<reason>"``, ``"replaced:<id>"`` or
     ``"unscored:<policy>"``. ``metrics`` are the finite ones of rollout and scoring, so that a replay shows them again.
     """

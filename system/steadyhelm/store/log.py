@@ -32,7 +32,7 @@ from typing import Any
 
 import xxhash
 
-from steadyhelm.data.types import BatchManifest, CheckpointRecord, WeightsRecord
+from steadyhelm.data.types import BatchManifest, CheckpointRecord, PolicyVersion, WeightsRecord
 from steadyhelm.errors import (
     CorruptObjectError,
     FencedError,
@@ -181,6 +181,10 @@ class LogView:
     def weights(self, iteration: int) -> WeightsRecord | None:
         """The weights of ``iteration`` in the surviving lineage, None where none are published."""
         return self._lineage.weights.get(iteration)
+
+    def published(self, version: PolicyVersion) -> bool:
+        """Whether the log has that policy version, in whatever lineage."""
+        return (version.iteration, version.attempt) in self._lineage.published
 
     def latest_weights(self) -> WeightsRecord | None:
         """The newest weights of the surviving lineage."""

@@ -69,7 +69,7 @@ class FakeRollout:
         if self.weights is None or self.weights.version.iteration < order.min_version:
             raise RetryableError(f"the fake engine has {self.weights}, the order wants {order.min_version}")
         await asyncio.sleep(self.slow_s)
-        version = self.weights.version.iteration
+        version = self.weights.version
         sampled = {p.prompt_id: (p.seed % 1000) / 1000 + self.number for p in order.prompts}
         ref = self.store.put(order.key, json.dumps(sampled).encode())
         record = ShardRecord(
@@ -77,8 +77,9 @@ class FakeRollout:
             rollout=ref,
             prompt_ids=tuple(p.prompt_id for p in order.prompts),
             num_tokens=len(order.prompts),
-            min_version=version,
-            max_version=version,
+            min_version=version.iteration,
+            max_version=version.iteration,
+            attempt=version.attempt,
         )
         metrics = {"rollout/tokens": float(len(sampled)), "rollout/length_mean": sum(sampled.values()) / len(sampled)}
         return Served(value=record, metrics=metrics)

@@ -111,7 +111,7 @@ async def test_an_own_reward_scores_a_shard(tmp_path: Path):
     store = LocalStore(tmp_path / "store")
     ref = store.put("run/batches/000001/1-0000.rollout", encode_rollout(rows))
     ids = tuple(row.prompt.prompt_id for row in rows)
-    shard = ShardRecord(shard=0, rollout=ref, prompt_ids=ids, num_tokens=1500, min_version=0, max_version=0)
+    shard = ShardRecord(shard=0, rollout=ref, prompt_ids=ids, num_tokens=1500, min_version=0, max_version=0, attempt=1)
     scorer = RewardScorer(config, base=base, store=store, group_size=3)
     try:
         scored, valid = (await scorer.score(shard)).value

@@ -68,6 +68,7 @@ def put(store, rows=ROWS, totals=(2.0, 0.5, 1.0, np.nan), reference=None):
         num_tokens=10,
         min_version=3,
         max_version=4,
+        attempt=1,
         reward=store.put("r/0.reward", encode_rewards(rewards)),
         reference=None if reference is None else store.put("r/0.reference", encode_reference(reference)),
     )

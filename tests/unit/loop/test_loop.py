@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import ShardRecord
-from steadyhelm.errors import LearnerLostError, UnscoredError
+from steadyhelm.errors import FatalError, LearnerLostError, UnscoredError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.services import Served, ShardOrder
 from steadyhelm.store.layout import RunLayout
@@ -133,6 +133,41 @@ async def test_a_lost_learner_goes_on_from_the_checkpoint_without_new_rollouts()
     assert any("checkpoint" in line for line in told)
     undisturbed, _, _ = make(MemoryStore())
     assert exact(reports) == exact(await drive(undisturbed))
+
+
+async def test_a_batch_names_the_policy_version_that_sampled_it_also_where_another_attempt_published_that():
+    store = MemoryStore()
+    loop, _, _ = make(store)
+    async for report in loop.iterations():
+        if report.iteration == 3:
+            break
+    again = store.copy()
+    await drive(make(again, learner=FakeLearner(store=again, lose_at={3}))[0])
+    log = CommitLog.read(again, "fake")
+    assert [str(m.policy) for m in log.batches()] == ["0.1", "1.1", "2.1", "3.1", "4.2"]
+    sampled = [{s.rollout.key.split("/")[-1][0] for s in m.shards} for m in log.batches()]
+    assert sampled == [{"1"}, {"1"}, {"1"}, {"2"}, {"2"}]
+
+
+async def test_behind_a_lost_learner_batches_have_the_new_attempts_keys_and_policy():
+    store = MemoryStore()
+    await drive(make(store, learner=FakeLearner(store=store, lose_at={3}))[0])
+    log = CommitLog.read(store, "fake")
+    assert [str(m.policy) for m in log.batches()] == ["0.1", "1.1", "2.1", "3.2", "4.2"]
+    keys = [m.shards[0].rollout.key.split("/")[-1] for m in log.batches()]
+    assert keys == ["1-0000.rollout"] * 3 + ["2-0000.rollout"] * 2
+
+
+async def test_a_batch_of_a_policy_version_that_nobody_published_is_refused():
+    class Boasting(FakeRollout):
+        async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+            served = await super().rollout(order)
+            return replace(served, value=replace(served.value, attempt=7))
+
+    store = MemoryStore()
+    with pytest.raises(FatalError, match=r"policy 0\.7 sampled its completions, but the log has no such version"):
+        await drive(make(store, rollout=Boasting(store=store))[0])
+    assert CommitLog.read(store, "fake").last_iteration == 0
 
 
 async def test_a_learner_that_is_lost_too_often_ends_the_run():

@@ -86,6 +86,7 @@ def commit(store: ObjectStore, log: CommitLog, iteration: int) -> None:
         num_tokens=28,
         min_version=0,
         max_version=0,
+        attempt=1,
         reward=store.put(LAYOUT.shard(iteration, 1, 0, "reward"), encode_rewards(rewards)),
         valid=(True, True, True, False),
     )

@@ -13,6 +13,7 @@ def batch(iteration, outcomes, *shards):
             num_tokens=0,
             min_version=0,
             max_version=0,
+            attempt=1,
             valid=tuple(ids.values()),
         )
         for number, ids in enumerate(shards)

@@ -23,6 +23,7 @@ SHARD = ShardRecord(
     num_tokens=9,
     min_version=0,
     max_version=1,
+    attempt=1,
     reward=ObjectRef(key="r", num_bytes=1, xxh3="1"),
     valid=(True, False),
 )

@@ -124,6 +124,7 @@ def batch(store: ObjectStore, iteration: int, attempt: int) -> BatchManifest:
         num_tokens=1,
         min_version=0,
         max_version=0,
+        attempt=1,
         valid=(False,),
     )
     policy = PolicyVersion(iteration=iteration - 1, attempt=attempt)

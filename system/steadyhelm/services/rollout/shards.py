@@ -73,13 +73,14 @@ def shard_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _put(order: ShardOrder, ref: ObjectRef, trajectories: Sequence[Trajectory]) -> PutShard:
-    versions = [version for item in trajectories for version in (int(item.versions.min()), int(item.versions.max()))]
+    oldest = min(((int(item.versions.min()), item.attempt) for item in trajectories), default=(order.min_version, 0))
     record = ShardRecord(
         shard=order.shard,
         rollout=ref,
         prompt_ids=tuple(trajectory.prompt.prompt_id for trajectory in trajectories),
         num_tokens=sum(len(trajectory.tokens) for trajectory in trajectories),
-        min_version=min(versions, default=order.min_version),
-        max_version=max(versions, default=order.min_version),
+        min_version=oldest[0],
+        max_version=max((int(item.versions.max()) for item in trajectories), default=order.min_version),
+        attempt=oldest[1],
     )
     return PutShard(record=record, metrics=shard_metrics(trajectories))
