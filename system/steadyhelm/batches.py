@@ -23,7 +23,7 @@ RESAMPLE_ROUNDS = 3
 down for good must not turn into an endless loop of rollouts."""
 
 SUMMED = (names.ROLLOUT_TOKENS, names.ROLLOUT_SAMPLES)
-"""Metrics of a shard that add up; those that end in ``_max`` take the largest, all others the mean over samples."""
+"""Metrics of a shard that add up; those that end in ``_max`` take the largest, all others are means."""
 
 T = TypeVar("T")
 
@@ -121,7 +121,11 @@ class BatchMaker:
     ) -> BatchManifest:
         """The manifest of scored shards, with the metrics of their making."""
         shards = tuple(entry.value for entry in served)
-        metrics = merge([entry.metrics for entry in served], [len(shard.prompt_ids) for shard in shards])
+        metrics = merge(
+            [entry.metrics for entry in served],
+            samples=[len(shard.prompt_ids) for shard in shards],
+            scored=[sum(shard.valid) for shard in shards],
+        )
         metrics |= self._staleness(iteration, shards)
         generating = phase_seconds(spans).get(names.seconds("rollout.generate"), 0.0)
         if generating:
@@ -211,26 +215,33 @@ class BatchMaker:
         return {names.STALENESS_MEAN: mean, names.STALENESS_MAX: float(newest - oldest)}
 
 
-def merge(shards: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    """Metrics of a batch from those of its shards.
+def merge(shards: Sequence[Mapping[str, float]], *, samples: Sequence[int], scored: Sequence[int]) -> dict[str, float]:
+    """Metrics of a batch from those of its shards, as if the batch had been one shard.
 
     Args:
         shards: metrics of each shard; NaN and absent values are left out.
-        weights: samples of each shard.
+        samples: samples of each shard.
+        scored: valid ones of them: what the reward's metrics are means over.
 
     Returns:
-        Sums for ``SUMMED``, maxima for ``…_max``, and means weighted by samples for the rest.
+        Sums for ``SUMMED``, maxima for ``…_max``, and means for the rest; the reward's standard deviation is that of
+        all valid samples together, N σ² = Σ nᵢ (σᵢ² + (μᵢ − μ)²).
     """
     merged: dict[str, float] = {}
-    for name in sorted({name for shard in shards for name in shard}):
-        known = [(s[name], w) for s, w in zip(shards, weights, strict=True) if not math.isnan(s.get(name, math.nan))]
-        total = sum(weight for _, weight in known)
+    for name in sorted({name for shard in shards for name in shard}):  # the mean comes before the deviation
+        over = scored if name.startswith("reward/") and name != names.REWARD_VALID_RATE else samples
+        known = [(s, s[name], w) for s, w in zip(shards, over, strict=True) if not math.isnan(s.get(name, math.nan))]
+        total = sum(weight for _, _, weight in known)
         if not total:
             continue
         if name in SUMMED:
-            merged[name] = sum(value for value, _ in known)
+            merged[name] = sum(value for _, value, _ in known)
         elif name.endswith("_max"):
-            merged[name] = max(value for value, _ in known)
+            merged[name] = max(value for _, value, _ in known)
+        elif name == names.REWARD_STD:
+            mean = merged[names.REWARD_MEAN]
+            squares = (weight * (std**2 + (shard[names.REWARD_MEAN] - mean) ** 2) for shard, std, weight in known)
+            merged[name] = math.sqrt(sum(squares) / total)
         else:
-            merged[name] = sum(value * weight for value, weight in known) / total
+            merged[name] = sum(value * weight for _, value, weight in known) / total
     return merged
