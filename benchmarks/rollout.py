@@ -1,4 +1,9 @@
-"""Tokens per second of the rollout service against Transformers' own ``generate`` on the same requests."""
+"""Tokens per second of the rollout service against Transformers' own ``generate`` on the same requests.
+
+The service is what runs inside a rollout actor, in this process: prompts, images from the store, generation, shard put.
+The hop through Ray's pool, a few small records per shard, is not in it; ``overhead.py`` bounds it, together with all
+else in a real run's iteration that does not compute.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +154,7 @@ class _Service:
         self._orders = 0
 
     def run(self, size: int) -> int:
-        """Completion tokens sampled in shards of ``size``."""
+        """Completion tokens sampled in shards of ``size``; ``RolloutWorker`` is called directly."""
         return self._loop.run_until_complete(self._shards(self._worker(size), size))
 
     def close(self) -> None:
@@ -190,4 +195,8 @@ class _Service:
 
 
 if __name__ == "__main__":
-    main("The rollout service (prompts to stored shards) against bare Transformers generate, one thread.", measure)
+    main(
+        "The rollout service (prompts to stored shards, in this process: no hop through Ray) against bare Transformers "
+        "generate, one thread.",
+        measure,
+    )
