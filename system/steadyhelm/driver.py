@@ -27,7 +27,7 @@ from steadyhelm.store import ObjectStore, open_store, retention, run_uri
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.ledger import Ledger
 from steadyhelm.store.liveness import held
-from steadyhelm.store.log import CommitLog, LogView
+from steadyhelm.store.log import CommitLog, Entry, LogView
 from steadyhelm.store.probe import require_one_winner
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
 
@@ -222,11 +222,17 @@ class Driver:
             scratch = stack.enter_context(session)
             self._listen()
             async with self._services(replace(place, scratch=scratch)) as services:
-                self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
-                async for report in self._loop.iterations():
-                    await self._note(report, services)
-                if self._signal is None:
-                    await self._finish(services)
+                await self.follow(services)
+
+    async def follow(self, services: Services) -> None:
+        """The loop over services that have started, with all that happens behind an iteration and at the end."""
+        for entry in self._evaluations():  # their lines may be lost: the log has them before the segment
+            self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
+        self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
+        async for report in self._loop.iterations():
+            await self._note(report, services)
+        if self._signal is None:
+            await self._finish(services)
 
     @asynccontextmanager
     async def _services(self, place: Any) -> AsyncIterator[Services]:
@@ -283,7 +289,9 @@ class Driver:
         iteration, schedule = version.iteration, self._run.schedule
         last = iteration == schedule.iterations
         due = last or iteration == 0 or (schedule.eval_every and iteration % schedule.eval_every == 0)
-        if self._run.is_sft or self._run.data.eval is None or not due or iteration in self._evaluated():
+        if self._run.is_sft or self._run.data.eval is None or not due:
+            return
+        if any(iteration == int(entry.payload["iteration"]) for entry in self._evaluations()):
             return
         key = partial(self._layout.eval_shard, iteration, self._log.attempt)
         result = await evaluate_policy(
@@ -302,8 +310,8 @@ class Driver:
         self._metrics.append(iteration, metrics)
         self._tell(EvalDone(iteration=iteration, metrics=metrics))
 
-    def _evaluated(self) -> set[int]:
-        return {int(entry.payload["iteration"]) for entry in self._log.entries if entry.kind == "eval"}
+    def _evaluations(self) -> list[Entry]:
+        return [entry for entry in self._log.entries if entry.kind == "eval"]
 
     async def _finish(self, services: Services) -> None:
         """Checks the ledger, exports the model, writes the report, and commits that the run is finished.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -52,7 +52,7 @@ class MetricsLog:
     """Buffers metric lines and puts them as ``<prefix>/<attempt>-<n>.jsonl``.
 
     Flush before each checkpoint commit: a resume steps everything behind the checkpoint again and writes it anew, so
-    no iteration is ever without a line.
+    no iteration is ever without a line. An attempt begins with the evaluations that the commit log has.
 
     Args:
         put: stores bytes under a key, e.g. ``store.put``.
@@ -89,10 +89,10 @@ class MetricsLog:
 
 
 def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
-    """One line per iteration out of all segments, by iteration: of the last attempt, there the last line's values.
+    """One line per iteration out of all segments, by iteration: what the last attempt to step it says.
 
-    An evaluation is written as a line of its own for its iteration; lines of one attempt and iteration are merged,
-    later values over earlier ones. ``segments`` maps keys to bytes, in any order.
+    An evaluation is written as a line of its own for its iteration and holds for all attempts. Lines of one attempt and
+    iteration are merged, later values over earlier ones. ``segments`` maps keys to bytes, in any order.
     """
     lines: list[tuple[int, int, MetricsLine]] = []
     for key, data in segments.items():
@@ -104,13 +104,18 @@ def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
     joined: dict[int, MetricsLine] = {}
     for _, _, line in lines:
         before = joined.get(line.iteration)
-        if before is not None and before.attempt == line.attempt:
-            line = MetricsLine(
-                iteration=line.iteration,
-                attempt=line.attempt,
-                time=line.time,
-                metrics={**before.metrics, **line.metrics},
-                replayed=before.replayed or line.replayed,
-            )
-        joined[line.iteration] = line
+        joined[line.iteration] = line if before is None else _merged(before, line)
     return [joined[iteration] for iteration in sorted(joined)]
+
+
+def _merged(before: MetricsLine, line: MetricsLine) -> MetricsLine:
+    evaluated = {name: value for name, value in before.metrics.items() if _is_evaluation(name)}
+    if all(map(_is_evaluation, line.metrics)):
+        return replace(before, metrics={**before.metrics, **line.metrics})
+    if before.attempt != line.attempt:
+        return replace(line, metrics={**evaluated, **line.metrics})
+    return replace(line, metrics={**before.metrics, **line.metrics}, replayed=before.replayed or line.replayed)
+
+
+def _is_evaluation(name: str) -> bool:
+    return name.startswith("eval/")

@@ -2,6 +2,7 @@
 
 The fake policy's weights are one number and the list of the prompt ids that were applied to it. What a rollout
 "samples" depends on the prompt's seed and on that number, so any difference in history shows in everything after it.
+Shards are real ones: a completion's text is the number, and its reward too; an evaluation's is an answer.
 """
 
 from __future__ import annotations
@@ -11,29 +12,37 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import xxhash
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import (
     BatchManifest,
     CheckpointRecord,
+    FinishReason,
     ObjectRef,
     PolicyVersion,
     Prompt,
     PromptId,
+    Rewards,
     ShardRecord,
+    Trajectory,
     WeightsRecord,
 )
 from steadyhelm.errors import LearnerLostError, RetryableError
 from steadyhelm.services import Served, ShardOrder
+from steadyhelm.services.rollout.shards import put_shard
 from steadyhelm.store import ObjectStore
+from steadyhelm.store.codec import decode_rewards, decode_rollout, encode_rewards
+from steadyhelm.telemetry.metrics import REWARD_MEAN
 
 
 @dataclass(kw_only=True)
 class FakePrompts:
-    """A PromptSource over ``"0:<n>"``, endless."""
+    """A PromptSource over ``"0:<n>"``, endless; ``pairs`` are held out."""
 
     run: RunFile
+    pairs: int = 0
 
     async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
         """The next ``prompts_per_iteration`` ids."""
@@ -47,12 +56,22 @@ class FakePrompts:
         return Served(value=self._prompt(f"{stem}r{int(retry or 0) + 1}"))
 
     async def held_out(self, limit: int) -> Served[tuple[Prompt, ...]]:
-        """No pairs."""
-        return Served(value=())
+        """Both orders of ``"eval-<n>"``."""
+        pairs = range(min(limit or self.pairs, self.pairs))
+        return Served(value=tuple(self._prompt(f"eval-{n}", swapped) for n in pairs for swapped in (False, True)))
 
-    def _prompt(self, name: str) -> Prompt:
+    def _prompt(self, name: str, swapped: bool = False) -> Prompt:
         seed = xxhash.xxh3_64_intdigest(f"{self.run.seed}/{name}".encode()) >> 1
-        return Prompt(prompt_id=PromptId(name), group_id=name, text=name, images=(), label=1, swapped=False, seed=seed)
+        return Prompt(
+            prompt_id=PromptId(f"{name}/swapped" if swapped else name),
+            group_id=name,
+            text=name,
+            images=(),
+            label=2 if swapped else 1,
+            swapped=swapped,
+            seed=seed,
+            pair_id=name,
+        )
 
 
 @dataclass(kw_only=True)
@@ -69,20 +88,22 @@ class FakeRollout:
         if self.weights is None or self.weights.version.iteration < order.min_version:
             raise RetryableError(f"the fake engine has {self.weights}, the order wants {order.min_version}")
         await asyncio.sleep(self.slow_s)
-        version = self.weights.version
-        sampled = {p.prompt_id: (p.seed % 1000) / 1000 + self.number for p in order.prompts}
-        ref = self.store.put(order.key, json.dumps(sampled).encode())
-        record = ShardRecord(
-            shard=order.shard,
-            rollout=ref,
-            prompt_ids=tuple(p.prompt_id for p in order.prompts),
-            num_tokens=len(order.prompts),
-            min_version=version.iteration,
-            max_version=version.iteration,
+        trajectories = [self._sample(prompt, self.weights.version, order.sampling.greedy) for prompt in order.prompts]
+        put = put_shard(self.store, order, trajectories)
+        return Served(value=put.record, metrics=put.metrics)
+
+    def _sample(self, prompt: Prompt, version: PolicyVersion, greedy: bool) -> Trajectory:
+        number = (prompt.seed % 1000) / 1000 + self.number
+        return Trajectory(
+            prompt=prompt,
+            prompt_tokens=np.zeros(1, np.int32),
+            tokens=np.zeros(1 + prompt.seed % 3, np.int32),
+            logprobs=np.zeros(1 + prompt.seed % 3, np.float32),
+            versions=np.full(1 + prompt.seed % 3, version.iteration, np.int32),
             attempt=version.attempt,
+            finish=FinishReason.STOP,
+            completion_text=f"<think></think><answer>{1 + round(number) % 2}</answer>" if greedy else repr(number),
         )
-        metrics = {"rollout/tokens": float(len(sampled)), "rollout/length_mean": sum(sampled.values()) / len(sampled)}
-        return Served(value=record, metrics=metrics)
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
         """Reads and serves the number."""
@@ -100,10 +121,14 @@ class FakeReward:
 
     async def score(self, shard: ShardRecord) -> Served[tuple[ObjectRef, tuple[bool, ...]]]:
         """Puts each prompt's number as its reward."""
-        sampled = json.loads(bytes(self.store.read(shard.rollout)))
-        valid = tuple(pid not in self.unscorable for pid in shard.prompt_ids)
-        key = shard.rollout.key.removesuffix("rollout") + "reward"
-        return Served(value=(self.store.put(key, json.dumps(sampled).encode()), valid))
+        sampled = decode_rollout(self.store.read(shard.rollout))
+        valid = np.array([prompt_id not in self.unscorable for prompt_id in shard.prompt_ids], np.bool_)
+        total = np.array([float(item.completion_text) for item in sampled], np.float32)
+        total[~valid] = np.nan
+        rewards = Rewards(total=total, valid=valid, components={"number": total}, detail=({},) * len(sampled))
+        ref = self.store.put(shard.rollout.key.removesuffix("rollout") + "reward", encode_rewards(rewards))
+        metrics = {REWARD_MEAN: float(total[valid].mean(dtype=np.float64))} if valid.any() else {}
+        return Served(value=(ref, tuple(valid.tolist())), metrics=metrics)
 
 
 @dataclass(kw_only=True)
@@ -135,8 +160,9 @@ class FakeLearner:
         samples: list[tuple[str, float]] = []
         for shard in manifest.shards:
             assert shard.reward is not None
-            rewards = json.loads(bytes(self.store.read(shard.reward)))
-            samples += [(p, rewards[p]) for p, ok in zip(shard.prompt_ids, shard.valid, strict=True) if ok]
+            rewards = decode_rewards(self.store.read(shard.reward)).total.tolist()
+            scored = zip(shard.prompt_ids, rewards, shard.valid, strict=True)
+            samples += [(prompt_id, reward) for prompt_id, reward, valid in scored if valid]
         gain = sum(value for _, value in samples) / len(samples)
         self.number = self.number * 0.75 + gain / 8
         self.applied += [pid for pid, _ in samples]

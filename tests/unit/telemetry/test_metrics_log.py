@@ -66,6 +66,20 @@ def test_lines_of_one_attempt_and_iteration_are_merged_in_the_order_of_writing()
     assert [line.metrics for line in joined] == [{"reward/mean": 3.0, "eval/accuracy": 0.5}]
 
 
+def test_an_evaluation_stays_where_a_later_attempt_steps_its_iteration_again_and_replaces_nothing():
+    joined = join_segments(
+        {
+            "r/metrics/1-0.jsonl": segment((5, 1, {"reward/mean": 1.0, "x": 1.0}), (5, 1, {"eval/accuracy": 0.5})),
+            "r/metrics/2-0.jsonl": segment((4, 2, {"eval/accuracy": 0.25}), (5, 2, {"reward/mean": 2.0})),
+            "r/metrics/1-1.jsonl": segment((4, 1, {"reward/mean": 4.0})),
+        }
+    )
+    assert [(line.iteration, line.attempt, line.metrics) for line in joined] == [
+        (4, 1, {"reward/mean": 4.0, "eval/accuracy": 0.25}),
+        (5, 2, {"reward/mean": 2.0, "eval/accuracy": 0.5}),
+    ]
+
+
 def test_a_value_that_is_not_finite_comes_back_as_nan():
     line = MetricsLine.parse(MetricsLine(iteration=1, attempt=1, time="", metrics={"x": math.inf}).to_json())
     assert math.isnan(line.metrics["x"])
