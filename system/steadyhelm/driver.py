@@ -316,18 +316,21 @@ class Driver:
     async def _finish(self, services: Services) -> None:
         """Checks the ledger, exports the model, writes the report, and commits that the run is finished.
 
-        Raises FatalError, before anything of that, where the ledger does not add up.
+        Raises FatalError, before anything of that, where the ledger does not add up, and FencedError, before model and
+        before report, where another attempt has taken over: both lie under names that all attempts use.
         """
         from steadyhelm.report import write_report
 
         after = _settled_after(self._store, self._layout)
         ledger = await settle_ledger(self._log, services.prompts, after)
-        await services.learner.export(self._layout.model)
+        await asyncio.to_thread(self._log.check_fence)
+        model = await services.learner.export(self._layout.model)
         await self._retain()
         self._metrics.flush()
+        await asyncio.to_thread(self._log.check_fence)
         place = await asyncio.to_thread(write_report, self._store, self._layout.run)
         payload = {"iterations": self._run.schedule.iterations, "ledger": ledger.counts(), "ledger_after": after}
-        await asyncio.to_thread(self._log.finish, payload)
+        await asyncio.to_thread(self._log.finish, payload, model.value)
         self._tell(
             Notice(text=f"Finished. Model: {self._store.uri}/{self._layout.model} Report: {self._store.uri}/{place}")
         )

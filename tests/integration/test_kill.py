@@ -3,6 +3,8 @@
 import signal
 
 import pytest
+from steadyhelm.data.types import ObjectRef
+from steadyhelm.store.records import from_json
 
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(900)]
 
@@ -19,7 +21,11 @@ def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_beh
     assert run.log.attempt == 2
     assert run.trained() == undisturbed.trained()
     assert len(set(run.trained())) == len(run.trained()) == 96
-    assert run.log.finished() == {"iterations": 6, "ledger": {"trained": 96}, "ledger_after": 0}
+    finished = run.log.finished()
+    assert finished is not None
+    model = [from_json(ObjectRef, ref, "the model") for ref in finished.pop("model")]
+    assert finished == {"iterations": 6, "ledger": {"trained": 96}, "ledger_after": 0}
+    assert any(run.store.read(ref) and ref.key.endswith("/model/model.safetensors") for ref in model)
     assert run.exact_metrics() == undisturbed.exact_metrics()
 
 

@@ -25,14 +25,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
-from steadyhelm.data.types import BatchManifest, CheckpointRecord, PolicyVersion, WeightsRecord
+from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
 from steadyhelm.errors import (
     CorruptObjectError,
     FencedError,
@@ -353,12 +353,16 @@ class CommitLog(LogView):
         """Commits a learner state. Raises FencedError, StoreError."""
         return self._commit("checkpoint", record)
 
-    def finish(self, payload: Mapping[str, Any]) -> Entry:
-        """Commits that the run has reached its end; ``payload`` is what ``finished`` returns. Raises FencedError."""
-        return self.append("finished", payload)
+    def finish(self, payload: Mapping[str, Any], model: Sequence[ObjectRef] = ()) -> Entry:
+        """Commits that the run has reached its end, with ``model`` as its result.
+
+        ``payload`` and, under ``model``, the references are what ``finished`` returns. Raises FencedError, StoreError.
+        """
+        self._store.flush(ref.key for ref in model)
+        return self.append("finished", {**payload, "model": model})
 
     def check_fence(self) -> None:
-        """Raises FencedError where another attempt has taken over; for long stretches without a commit."""
+        """Raises FencedError where another attempt has taken over: before anything is put under a name that all use."""
         with self._lock:
             found = self._read(self._next)
             if found is not None:

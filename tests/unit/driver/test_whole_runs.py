@@ -1,6 +1,14 @@
 """What the driver adds to the loop, and what a crash leaves of it: evaluations, metrics, model, report, the end."""
 
+import json
+from collections.abc import Awaitable, Callable
+
 import pytest
+from steadyhelm.data.types import ObjectRef, Prompt
+from steadyhelm.errors import FencedError
+from steadyhelm.services import Served
+from steadyhelm.store.records import from_json
+from steadyhelm.testing.fake_services import FakeLearner, FakePrompts
 from steadyhelm.testing.memory_store import InjectedCrash, MemoryStore
 
 EVERY_ID = [f"0:{n}" for n in range(16)]
@@ -42,3 +50,60 @@ async def test_an_evaluation_whose_metrics_were_not_put_comes_back_from_the_log(
     assert 2 in {entry.payload["iteration"] for entry in resumed.log.entries if entry.kind == "eval"}
     await resumed.follow()
     assert evaluated(resumed.exact_metrics()) == EVALUATED
+
+
+class Slept(FakePrompts):
+    """Sleeps, when the ledger asks for the first iteration again, through another driver's work."""
+
+    async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
+        if self.meanwhile is not None and self.asked == self.run.schedule.iterations:
+            await self.meanwhile()
+        self.asked += 1
+        return await super().prompts(iteration)
+
+    asked = 0
+    meanwhile: Callable[[], Awaitable[object]] | None = None
+
+
+class SleptInExport(FakeLearner):
+    """Sleeps through another driver's work once its model is put."""
+
+    meanwhile: Callable[[], Awaitable[object]]
+
+    async def export(self, key: str) -> Served[tuple[ObjectRef, ...]]:
+        exported = await super().export(key)
+        await self.meanwhile()
+        return exported
+
+
+async def test_the_last_word_of_a_run_names_its_model_with_checksums(start):
+    store = MemoryStore()
+    run = start(store)
+    await run.follow()
+    (ref,) = (from_json(ObjectRef, item, "the model") for item in run.log.finished()["model"])
+    assert json.loads(bytes(store.read(ref)))["applied"] == EVERY_ID
+
+
+@pytest.mark.parametrize("asleep", ["before the export", "before the report"])
+async def test_a_driver_that_wakes_behind_its_successors_end_overwrites_neither_model_nor_report(
+    start, run_file, asleep
+):
+    store, done = MemoryStore(), []
+
+    async def successor() -> None:
+        await start(store).follow()
+        done.append(len(store.puts))
+
+    if asleep == "before the export":
+        sleeper = Slept(run=run_file, pairs=4)
+        sleeper.meanwhile = successor
+        first = start(store, prompts=sleeper)
+    else:
+        learner = SleptInExport(store=store)
+        learner.meanwhile = successor
+        first = start(store, learner=learner)
+    with pytest.raises(FencedError, match="was taken over"):
+        await first.follow()
+    assert first.log.finished() is not None
+    late = [key for key in store.puts[done[0] :] if not key.startswith("fake/metrics/1-")]
+    assert late == []

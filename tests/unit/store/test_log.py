@@ -72,7 +72,7 @@ def test_entries_are_read_back_in_order(store):
         assert found.weights(2) is None
         assert found.latest_weights() == weights(1, 1)
         assert found.checkpoint() == checkpoint(1, 1)
-        assert found.finished() == {"iterations": 2}
+        assert found.finished() == {"iterations": 2, "model": []}
         assert found.latest("eval").payload == {"iteration": 1, "accuracy": 0.75}
         assert [entry.seq for entry in found.entries] == list(range(1, 9))
     assert log.entries == CommitLog.read(store, "run").entries
@@ -261,7 +261,7 @@ def test_a_batch_behind_the_end_reopens_a_finished_run(store):
     log.commit_batch(batch(1))
     log.finish({"iterations": 1})
     log = CommitLog.take_over(store, "run", "longer")
-    assert log.finished() == {"iterations": 1}
+    assert log.finished() == {"iterations": 1, "model": []}
     log.commit_batch(batch(2))
     assert log.finished() is None
 
