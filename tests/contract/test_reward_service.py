@@ -258,8 +258,6 @@ async def test_terms_that_cannot_be_served_are_refused_at_the_start(scorer):
         scorer(CustomTerm(name="a", code="terms.py:Whole"))
     with pytest.raises(ConfigError, match="a single replaced sample would stand without its group"):
         scorer(CustomTerm(name="a", code="terms.py:Longest"), on_unscored="resample")
-    with pytest.raises(ConfigError, match="has no choice term"):
-        scorer(ConsistencyTerm())
 
 
 async def test_closing_ends_a_call_in_flight_which_puts_nothing(base, store):

@@ -24,7 +24,7 @@ def run_file(algorithm=STABLE, *, dtype="float32", **learner):
     return {
         "name": "learner-test",
         "model": {"path": "given-by-the-spec", "dtype": dtype},
-        "data": {"train": "task.py:pairs"},
+        "data": {"train": "task.py:pairs", "swap": "none"},
         "algorithm": algorithm,
         "rollout": {"samples_per_prompt": 2, "max_new_tokens": 12, "temperature": 0.9},
         "learner": {
@@ -107,7 +107,6 @@ def cases():
             ["restore", "$nan-weights/0"],
             *TWO,
         ),
-        "half": case(run_file(dtype="float16")),
         "strange-prefix": case(run_file(freeze=["visual"]), worlds=(1,)),
         "export": case(run_file(), ["step", "1"], ["publish", None], ["export", None], worlds=(1,)),
         "export-3": case(run_file(zero_stage=3), ["step", "1"], ["publish", None], ["export", None], worlds=(2,)),

@@ -229,12 +229,6 @@ def test_bfloat16_steps_fp32_masters_close_to_the_fp32_run(group, stage):
         assert any(not torch.equal(m, m.bfloat16().float()) for n, m in masters.items() if n.startswith("master/"))
 
 
-def test_float16_is_refused_with_the_remedy(group):
-    (answer,) = group.answers[1]["half"]
-    assert answer["error"] == "ConfigError"
-    assert "bfloat16" in answer["message"]
-
-
 def test_a_freeze_prefix_of_no_parameter_is_refused(group):
     (answer,) = group.answers[1]["strange-prefix"]
     assert answer["error"] == "ConfigError"

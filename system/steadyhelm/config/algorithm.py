@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steadyhelm.config.base import Part
 
@@ -65,7 +65,7 @@ class Objective(Part):
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """ε of the PPO clip: the ratio's lower bound is 1 − ε."""
     clip_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper ε where it differs (clip-higher); None uses ``clip`` on both sides."""
+    """Upper ε where it is larger (clip-higher); None uses ``clip`` on both sides."""
     pre_clip: PreClip = PreClip(enabled=False)
     """Clamp of the log-ratio before the exponential."""
     filter: Filter = Filter(mode="none")
@@ -77,6 +77,15 @@ class Objective(Part):
     """Importance weights for engines whose log-probs differ from the trainer's, or that ran ahead."""
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over an iteration's batch."""
+
+    @model_validator(mode="after")
+    def _clip_range(self) -> Self:
+        if self.clip_high is not None and self.clip_high < self.clip:
+            raise ValueError(
+                f"algorithm.clip_high is {self.clip_high}, below algorithm.clip, which is {self.clip}: raise the "
+                "former or lower the latter"
+            )
+        return self
 
 
 class _Returns(Objective):

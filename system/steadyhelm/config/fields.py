@@ -59,7 +59,8 @@ def default_at(root: type[Part], value: Any, place: Place) -> Any:
 
 def _written(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        kind = {"type": value.type} if "type" in type(value).model_fields else {}
+        whole = value.model_dump(mode="json")
+        kind = {"type": whole["type"]} if "type" in whole else {}
         return kind | value.model_dump(mode="json", exclude_defaults=True)
     return [_written(item) for item in value] if isinstance(value, tuple | list) else value
 

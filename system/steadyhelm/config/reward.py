@@ -92,7 +92,7 @@ class Reward(Part):
     """Longest time for one sample; past it the sample is unscored and its worker process replaced."""
 
     @model_validator(mode="after")
-    def _distinct_terms(self) -> Self:
+    def _terms_fit(self) -> Self:
         names: list[str] = []
         for index, term in enumerate(self.terms):
             name = term.name if isinstance(term, CustomTerm) else term.type
@@ -104,4 +104,9 @@ class Reward(Part):
                     "or give a custom term another name"
                 )
             names.append(name)
+        if self.combine == "r1_reward" and "consistency" in names and "choice" not in names:
+            raise ValueError(
+                "reward.combine is 'r1_reward', which multiplies consistency by choice, but reward.terms has no "
+                "choice term: add one, or set reward.combine to 'sum'"
+            )
         return self

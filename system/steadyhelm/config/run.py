@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from steadyhelm.config.algorithm import GROUPED, Algorithm, PolicyGradient, Sft, StableReinforce
 from steadyhelm.config.base import CodeRef, Count, Part, Seconds
+from steadyhelm.config.place import parse_place
 from steadyhelm.config.reward import Reward
-from steadyhelm.config.s3 import S3Address
 from steadyhelm.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ class Model(Part):
     """A Hugging Face model folder; relative paths start at the working directory. Empty where ``factory`` is set."""
     factory: CodeRef | None = None
     """``file.py:name`` of a function ``(folder: Path, seed: int) -> None`` that writes such a folder."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights that engines and reference hold; the learner keeps fp32 masters beside bfloat16 ones."""
     trust_remote_code: bool = False
     """Whether Python code inside the model folder may run."""
@@ -105,6 +105,10 @@ class Reference(Part):
     """Sequences scored together."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""How much of a running mean stays at each step."""
+
+
 class Learner(Part):
     """The learner: DeepSpeed ranks under Ray Train."""
 
@@ -124,7 +128,7 @@ class Learner(Part):
     """Where ``cosine`` and ``linear`` end, as a share of ``lr``."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates."""
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
     """AdamW's ε."""
@@ -175,11 +179,10 @@ class Store(Part):
     @field_validator("uri")
     @classmethod
     def _readable(cls, uri: str) -> str:
-        if uri.startswith("s3:"):
-            try:
-                S3Address.parse(uri)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
+        try:
+            parse_place(uri)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return uri
 
 
@@ -263,6 +266,30 @@ class RunFile(Part):
         """Optimiser steps in each iteration."""
         epochs = 1 if isinstance(self.algorithm, Sft) else self.algorithm.epochs
         return -(-self.rollouts_per_iteration // self.learner.train_batch) * epochs
+
+    @model_validator(mode="after")
+    def _imitates_as_written(self) -> Self:
+        if self.is_sft and self.data.swap != "none":
+            raise ValueError(
+                f"data.swap is {self.data.swap!r}, but algorithm.type 'sft' imitates traces, which name the responses "
+                "by their place: set data.swap to 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        steps = self.schedule.iterations * self.steps_per_iteration
+        if self.learner.warmup_steps > steps:
+            raise ValueError(
+                f"learner.warmup_steps is {self.learner.warmup_steps}, but the run has only {steps} optimiser steps, "
+                "so the rate would never reach learner.lr: lower it, or raise schedule.iterations"
+            )
+        if self.schedule.eval_every and self.data.eval is None:
+            raise ValueError(
+                f"schedule.eval_every is {self.schedule.eval_every}, but there are no held-out pairs: name them in "
+                "data.eval, or set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

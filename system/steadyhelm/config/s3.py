@@ -47,7 +47,10 @@ class S3Address:
     @classmethod
     def parse(cls, uri: str) -> S3Address:
         """The address that ``uri`` names. Raises ConfigError, which never repeats what may be a secret."""
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError:
+            raise ConfigError(f"store.uri is no URI: write it as {_FORM}") from None
         if "@" in parts.netloc:
             raise ConfigError(
                 "store.uri has credentials before an '@': take them out, they come from the environment, a profile "

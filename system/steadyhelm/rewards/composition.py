@@ -8,22 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steadyhelm.config.reward import CustomTerm, Reward, Term
-from steadyhelm.errors import ConfigError
 
 
 def component_name(term: Term) -> str:
     """The name of a term's component in metrics, reports and ``Rewards.components``."""
     return term.name if isinstance(term, CustomTerm) else term.type
-
-
-def check_combination(config: Reward) -> None:
-    """Raises ConfigError for a combination in which a term would have no effect."""
-    names = [component_name(term) for term in config.terms]
-    if config.combine == "r1_reward" and "consistency" in names and "choice" not in names:
-        raise ConfigError(
-            "reward.combine is 'r1_reward', which multiplies consistency by choice, but reward.terms has no choice "
-            "term; add one, or set reward.combine to 'sum'"
-        )
 
 
 def combine(components: Mapping[str, NDArray[np.float32]], config: Reward) -> NDArray[np.float32]:

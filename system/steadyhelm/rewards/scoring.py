@@ -39,7 +39,7 @@ async def score_samples(
 
     Args:
         samples: N completions; for a term of a wider scope than ``sample``, whole units of them.
-        config: terms and combination, accepted by ``check_combination``.
+        config: terms and combination.
         judge: who compares thought and answer.
         scopes: the scope of each custom term, by name.
         runner: who runs custom terms; may be None where there are none.

@@ -46,11 +46,6 @@ class DatasetPrompts:
     """
 
     def __init__(self, run: RunFile, *, base: Path, store: ObjectStore) -> None:
-        if run.is_sft and run.data.swap != "none":
-            raise ConfigError(
-                f"data.swap is {run.data.swap!r}, but algorithm.type 'sft' imitates traces, which name the responses "
-                "by their place: set data.swap to 'none'"
-            )
         self._run = run
         self._base = base
         self._store = store

@@ -12,7 +12,6 @@ from steadyhelm import telemetry
 from steadyhelm.config.reward import CustomTerm, Reward
 from steadyhelm.data.types import ObjectRef, Rewards, ShardRecord, Trajectory
 from steadyhelm.errors import ConfigError, ObjectExistsError
-from steadyhelm.rewards.composition import check_combination
 from steadyhelm.rewards.consistency import Judge, RulesJudge
 from steadyhelm.rewards.custom import load_term
 from steadyhelm.rewards.interface import Sample, Scope
@@ -39,13 +38,12 @@ class RewardScorer:
         group_size: samples per prompt, for terms of scope ``group``.
         judge: who compares thought and answer; None takes the rules.
 
-    Raises ConfigError for terms that cannot be combined or loaded, or whose scope is wider than a shard.
+    Raises ConfigError for terms that cannot be loaded, or whose scope is wider than a shard.
     """
 
     def __init__(
         self, config: Reward, *, base: Path, store: ObjectStore, group_size: int = 1, judge: Judge | None = None
     ) -> None:
-        check_combination(config)
         self._config = config
         self._store = store
         self._group_size = group_size

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
-from steadyhelm.config.s3 import S3Address
+from steadyhelm.config.place import parse_place
 from steadyhelm.data.types import ObjectRef
 from steadyhelm.errors import ConfigError, ObjectMissingError
 from steadyhelm.store.checksum import Data
@@ -89,22 +88,12 @@ def open_store(uri: str) -> ObjectStore:
 
     Nothing is created, and no server asked, before the first call. Raises ConfigError for any other kind of URI.
     """
-    if "://" not in uri:
-        if not uri:
-            raise ConfigError("store.uri is empty: give a folder, like 'runs'")
-        return LocalStore(Path(uri))
-    parts = urlsplit(uri)
-    if parts.scheme == "s3":
-        from steadyhelm.store.s3 import S3Store
+    place = parse_place(uri)
+    if isinstance(place, Path):
+        return LocalStore(place)
+    from steadyhelm.store.s3 import S3Store
 
-        return S3Store(S3Address.parse(uri))
-    if parts.scheme != "file":
-        raise ConfigError(
-            f"store.uri {uri!r} has the unknown scheme {parts.scheme!r}: give a folder, 'file:///…' or 's3://…'"
-        )
-    if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
-        raise ConfigError(f"store.uri {uri!r} names a host: write 'file:///' and an absolute path")
-    return LocalStore(Path(unquote(parts.path)))
+    return S3Store(place)
 
 
 def read_all(store: ObjectStore, refs: Sequence[ObjectRef]) -> list[memoryview]:

@@ -68,7 +68,7 @@ def run_file(algorithm, **learner):
             "name": "toy",
             "seed": 3,
             "model": {"path": "unused", "dtype": "float32"},
-            "data": {"train": "toy.py:pairs"},
+            "data": {"train": "toy.py:pairs", "swap": "none"},
             "algorithm": algorithm.model_dump(),
             "rollout": {"samples_per_prompt": 4, "max_new_tokens": 8},
             "learner": {"train_batch": 5, "lr": 0.05, "max_norm": 0.3, **learner},

@@ -90,7 +90,7 @@ CASES = {
     "a bound is named": ([("seed: 0", "seed: -1")], "run.yaml:3: seed is -1: give a number of at least 0"),
     "a word out of a set": (
         [("dtype: float32", "dtype: float23")],
-        "run.yaml:4: model.dtype is 'float23': give 'float32', 'bfloat16' or 'float16'; did you mean 'float32'?",
+        "run.yaml:4: model.dtype is 'float23': give 'float32' or 'bfloat16'; did you mean 'float32'?",
     ),
     "an unknown variant lists the variants": (
         [("type: stable_reinforce", "type: stable_reenforce")],
@@ -182,6 +182,39 @@ CASES = {
     "pixels upside down": (
         [("data: {", "data: {min_pixels: 100, max_pixels: 50, ")],
         "run.yaml:5: data.min_pixels is 100, but data.max_pixels is 50: lower the former or raise the latter",
+    ),
+    "a type that the learner does not train in": (
+        [("dtype: float32", "dtype: float16")],
+        "run.yaml:4: model.dtype is 'float16': give 'float32' or 'bfloat16'; did you mean 'bfloat16'?",
+    ),
+    "a decay rate of an optimiser that would diverge": (
+        [("train_batch: 64", "betas: [2, 0.9]")],
+        "run.yaml:12: learner.betas.0 is 2: give a number below 1.0",
+    ),
+    "clip-higher that is lower": (
+        [("clip: 0.2", "clip: 0.2, clip_high: 0.1")],
+        "run.yaml:6: algorithm.clip_high is 0.1, below algorithm.clip, which is 0.2: raise the former or lower the "
+        "latter",
+    ),
+    "a warm-up longer than the run": (
+        [("lr: 1e-4", "warmup_steps: 121")],
+        "run.yaml:12: learner.warmup_steps is 121, but the run has only 120 optimiser steps, so the rate would never "
+        "reach learner.lr: lower it, or raise schedule.iterations",
+    ),
+    "evaluations of nothing": (
+        [(", eval: task.py:eval_pairs", ""), ("iterations: 60", "iterations: 60, eval_every: 5")],
+        "run.yaml:13: schedule.eval_every is 5, but there are no held-out pairs: name them in data.eval, or set it "
+        "to 0",
+    ),
+    "traces whose responses change places": (
+        [("{type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}", "{type: sft}")],
+        "run.yaml:5: data.swap is 'random', but algorithm.type 'sft' imitates traces, which name the responses by "
+        "their place: set data.swap to 'none'",
+    ),
+    "consistency with nothing that it could be multiplied by": (
+        [("type: choice, weight: 1.0", "type: consistency")],
+        "run.yaml:8: reward.combine is 'r1_reward', which multiplies consistency by choice, but reward.terms has no "
+        "choice term: add one, or set reward.combine to 'sum'",
     ),
     "two terms of one name": (
         [("type: choice", "type: format")],
@@ -287,6 +320,10 @@ OVERRIDES = {
     "reward.terms.9.weight=2": "reward.terms is a list of 2: give an index below 2",
     "reward.terms.x=2": "reward.terms is a list of 2: give an index below 2",
     "schedule.iterations=[1": "not YAML: expected ',' or ']', but got '<stream end>'",
+    "store.uri=": "store.uri is empty: give a folder, like 'runs'",
+    "store.uri=ftp://a/b": "store.uri 'ftp://a/b' has the unknown scheme 'ftp': give a folder, 'file:///…' or 's3://…'",
+    "store.uri=file://host/a": "store.uri 'file://host/a' names a host: write 'file:///' and an absolute path",
+    "store.uri=s3://[": "store.uri is no URI: write it as s3://bucket/prefix?endpoint=https://host:port&region=name",
     "data.train=gone.py:f": "data.train is 'gone.py:f': there is no file gone.py: paths start at the run file's folder",
 }
 

@@ -60,5 +60,9 @@ def test_every_field_is_described_and_no_part_takes_unknown_keys():
 
 def test_a_tuple_is_an_array_of_one_type_with_its_length():
     betas = SCHEMA["$defs"]["Learner"]["properties"]["betas"]
-    assert (betas["items"], betas["minItems"], betas["maxItems"]) == ({"type": "number"}, 2, 2)
+    assert (betas["items"], betas["minItems"], betas["maxItems"]) == (
+        {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+        2,
+        2,
+    )
     assert "prefixItems" not in str(SCHEMA)

@@ -167,8 +167,6 @@ async def test_fine_tuning_gets_traces_one_sample_and_no_swap(base, store):
         ("0:1", "trace 1", False),
         ("0:2", "trace 2", False),
     ]
-    with pytest.raises(ConfigError, match=r"data\.swap is 'random'.*set data\.swap to 'none'"):
-        DatasetPrompts(run_file(sft=True), base=base, store=store)
     with pytest.raises(DataError, match=r"task\.py:untraced: record 0 \(pair_id 'p'\): trace is None"):
         DatasetPrompts(run_file("untraced", sft=True, swap="none"), base=base, store=store)
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from steadyhelm.config.reward import ChoiceTerm, ConsistencyTerm, CustomTerm, FormatTerm, Reward
-from steadyhelm.errors import ConfigError
-from steadyhelm.rewards.composition import check_combination, combine
+from steadyhelm.rewards.composition import combine
 
 SPEC_TABLE = [  # spec §2.5: format, choice, consistency, reward
     (1, 1, +1, 2.0),
@@ -60,6 +60,6 @@ def test_a_missing_component_is_never_multiplied_away():
 
 def test_consistency_without_choice_is_refused_where_it_would_have_no_effect():
     terms = (FormatTerm(), ConsistencyTerm())
-    with pytest.raises(ConfigError, match=r"no choice term; add one, or set reward\.combine to 'sum'"):
-        check_combination(Reward(terms=terms))
-    check_combination(Reward(terms=terms, combine="sum"))
+    with pytest.raises(ValidationError, match=r"no choice term: add one, or set reward\.combine to 'sum'"):
+        Reward(terms=terms)
+    assert Reward(terms=terms, combine="sum").terms == terms

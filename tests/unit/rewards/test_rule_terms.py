@@ -76,13 +76,13 @@ def test_string_search_accepts_exactly_what_the_regular_expression_does(parts):
 
 def test_hostile_text_takes_linear_time():
     hostile = "<think>" + "</think><answer>" * 50_000 + "</answer" * 50_000
-    started = time.perf_counter()
+    started = time.process_time()
     format_reward(hostile)
     strict_choice(hostile)
     release_reward(hostile, 1)
     release_reward("1" * 300_000 + "a", 1)
     release_reward("the answer is " * 30_000, 1)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
 
 
 @pytest.mark.parametrize(

@@ -75,15 +75,10 @@ class TrainEngine:
         dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
-        ConfigError: another ``dtype``, or ``learner.freeze`` fits no parameter or all of them.
+        ConfigError: ``learner.freeze`` fits no parameter or all of them.
     """
 
     def __init__(self, module: torch.nn.Module, policy: torch.nn.Module, learner: Learner, dtype: str) -> None:
-        if dtype == "float16":
-            raise ConfigError(
-                "model.dtype is 'float16', but the learner trains in 'float32' or 'bfloat16': set model.dtype to "
-                "'bfloat16'"
-            )
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._policy = policy
