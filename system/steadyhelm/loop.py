@@ -31,9 +31,9 @@ from dataclasses import dataclass, field
 from steadyhelm import telemetry
 from steadyhelm.batches import BatchMaker
 from steadyhelm.config import RunFile
-from steadyhelm.data.types import PolicyVersion, Span
-from steadyhelm.errors import LearnerLostError
-from steadyhelm.services import Learner, PromptSource, Reference, Reward, Rollout
+from steadyhelm.data.types import CheckpointRecord, PolicyVersion, Span, WeightsRecord
+from steadyhelm.errors import CorruptObjectError, LearnerLostError, ObjectMissingError
+from steadyhelm.services import Learner, PromptSource, Reference, Reward, Rollout, Served
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.log import CommitLog
 
@@ -84,6 +84,7 @@ class Loop:
         self._run = run
         self._tell = tell
         self._stop = asyncio.Event()
+        self._damaged: set[PolicyVersion] = set()
 
     def stop(self) -> None:
         """Ends the loop behind the step in progress, with a checkpoint; batches in the making are abandoned."""
@@ -117,8 +118,7 @@ class Loop:
 
     async def _replay(self) -> AsyncIterator[IterationReport]:
         """Brings the learner to the log's last committed batch and the engines to that policy version."""
-        checkpoint = self._log.checkpoint()
-        await self._services.learner.restore(checkpoint)
+        checkpoint = await self._restore()
         version = checkpoint.version if checkpoint else PolicyVersion(iteration=0, attempt=self._log.attempt)
         for manifest in self._log.batches(after=version.iteration):
             started = time.monotonic()
@@ -129,6 +129,25 @@ class Loop:
         version, _, _ = await self._serve(version.iteration)
         yield IterationReport(iteration=version.iteration, version=version, served=True)
         await self._checkpoint(version.iteration)
+
+    async def _restore(self) -> CheckpointRecord | None:
+        """Restores the newest checkpoint whose objects are whole, and returns it; None: the starting point.
+
+        An older one costs only time: the batches behind it are all there to be stepped again.
+        """
+        for checkpoint in reversed(self._log.checkpoints()):
+            if checkpoint.version in self._damaged:
+                continue
+            try:
+                await self._services.learner.restore(checkpoint)
+                return checkpoint
+            except (CorruptObjectError, ObjectMissingError) as error:
+                if isinstance(error, CorruptObjectError) or not self._damaged:  # retention deletes older ones
+                    text = f"Checkpoint {checkpoint.version} cannot be restored, an older one is tried: {error}"
+                    self._tell(telemetry.Notice(text=text, level="warning"))
+                self._damaged.add(checkpoint.version)
+        await self._services.learner.restore(None)
+        return None
 
     async def _advance(self, batches: BatchMaker) -> AsyncIterator[IterationReport]:
         """Makes, commits, steps and serves one batch after the other."""
@@ -148,20 +167,33 @@ class Loop:
             await self._checkpoint(iteration)
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
-        """Publishes the learner's weights and puts them into every engine."""
+        """Publishes the learner's weights and puts them into every engine; adopted ones that are damaged anew."""
         version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
         spans: tuple[Span, ...] = ()
         metrics: dict[str, float] = {}
         if not self._run.is_sft:
             known = self._log.weights(iteration)
-            published = await self._services.learner.publish(version, self._layout.weights(version), known)
-            if published.value != known:
-                await asyncio.to_thread(self._log.commit_weights, published.value)
-            applied = await self._services.rollout.apply_weights(published.value)
+            published = await self._publish(version, known)
+            try:
+                applied = await self._services.rollout.apply_weights(published.value)
+            except (CorruptObjectError, ObjectMissingError) as error:
+                if published.value != known:
+                    raise
+                text = f"Weights {published.value.version} cannot be read, the learner publishes them again: {error}"
+                self._tell(telemetry.Notice(text=text, level="warning"))
+                published = await self._publish(version, None)
+                applied = await self._services.rollout.apply_weights(published.value)
             version = published.value.version
             spans = (*published.spans, *applied.spans)
             metrics = {**published.metrics, **applied.metrics}
         return version, spans, metrics
+
+    async def _publish(self, version: PolicyVersion, known: WeightsRecord | None) -> Served[WeightsRecord]:
+        """Publishes and commits the learner's weights, unless they are those of ``known``."""
+        published = await self._services.learner.publish(version, self._layout.weights(version), known)
+        if published.value != known:
+            await asyncio.to_thread(self._log.commit_weights, published.value)
+        return published
 
     async def _checkpoint(self, iteration: int) -> None:
         """Saves where that is due: behind the report, so that whoever writes reports down has done so before."""
@@ -170,8 +202,8 @@ class Loop:
 
     async def _save(self, iteration: int) -> None:
         """Saves and commits the learner's state after ``iteration``, unless the log has it."""
-        last = self._log.checkpoint()
-        if iteration == 0 or (last is not None and last.version.iteration >= iteration):
+        whole = (c.version.iteration for c in self._log.checkpoints() if c.version not in self._damaged)
+        if iteration == 0 or max(whole, default=0) >= iteration:
             return
         version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
         saved = await self._services.learner.save(version, self._layout.checkpoint(version))

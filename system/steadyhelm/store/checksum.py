@@ -39,6 +39,6 @@ def verify(data: memoryview, ref: ObjectRef, store: str) -> memoryview:
             return data
         found = f"checksum {checksum} instead of {ref.xxh3}"
     raise CorruptObjectError(
-        f"object {ref.key!r} in {store} has {found}: it was damaged after it was written; delete it and resume the "
-        "run, which makes it again where nothing committed needs it"
+        f"object {ref.key!r} in {store} has {found}: it was damaged after it was written; a resume goes "
+        "on without checkpoints and weights that are damaged, anything else has to come back from a copy"
     )

@@ -83,7 +83,7 @@ class Lineage:
     attempt: int = 0
     batches: list[BatchManifest] = field(default_factory=list)
     weights: dict[int, WeightsRecord] = field(default_factory=dict)
-    checkpoint: CheckpointRecord | None = None
+    checkpoints: list[CheckpointRecord] = field(default_factory=list)
     finished: Json | None = None
     published: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class Lineage:
             iteration = record.version.iteration
             fits = 0 <= iteration <= len(self.batches)
             self._expect(fits, place, f"a checkpoint of iteration {iteration}", f"at most {len(self.batches)}")
-            self.checkpoint = record
+            self.checkpoints.append(record)
         elif entry.kind == "finished":
             self.finished = entry.payload
         self.entries.append(entry)
@@ -192,7 +192,11 @@ class LogView:
 
     def checkpoint(self) -> CheckpointRecord | None:
         """The checkpoint to go on from, None for the starting point."""
-        return self._lineage.checkpoint
+        return self._lineage.checkpoints[-1] if self._lineage.checkpoints else None
+
+    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """All that were committed, oldest first; the objects of older ones may be deleted."""
+        return tuple(self._lineage.checkpoints)
 
     def finished(self) -> Json | None:
         """What the ``finished`` entry says, None while the run has work left (a later batch reopens it)."""
@@ -458,7 +462,7 @@ class CommitLog(LogView):
             attempt=state.attempt,
             batches=list(state.batches),
             weights=dict(state.weights),
-            checkpoint=state.checkpoint,
+            checkpoints=list(state.checkpoints),
             finished=state.finished,
             published=dict(state.published),
         )

@@ -157,6 +157,59 @@ async def test_a_shard_that_somebody_deleted_ends_the_replay_with_its_name():
         await drive(make(store)[0], [])
 
 
+async def finished_run() -> tuple[MemoryStore, list[IterationReport]]:
+    store, reports = MemoryStore(), []
+    await drive(make(store)[0], reports)
+    return store, reports
+
+
+def harm(store: MemoryStore, key: str, how: str) -> None:
+    if how == "damaged":
+        store.damage(key, flip_bit=9)
+    elif how == "truncated":
+        store.damage(key, keep_bytes=3)
+    else:
+        store.delete(key)
+
+
+@pytest.mark.parametrize("how", ["damaged", "truncated", "missing"])
+@pytest.mark.parametrize("iterations", [(4,), (2, 4)], ids=["the newest", "all"])
+async def test_in_place_of_a_checkpoint_that_is_gone_an_older_one_and_the_batches_bring_the_run_back(how, iterations):
+    store, undisturbed = await finished_run()
+    for iteration in iterations:
+        harm(store, f"fake/checkpoints/{iteration:06d}.1/state", how)
+    loop, learner = make(store)
+    reports: list[IterationReport] = []
+    await drive(loop, reports)
+    assert learner.applied == EVERY_ID
+    assert [r.iteration for r in reports if r.replayed] == ([3, 4] if iterations == (4,) else [1, 2, 3, 4])
+    again = exact(reports)
+    assert again == {iteration: exact(undisturbed)[iteration] for iteration in again}
+    checkpoint = CommitLog.read(store, "fake").checkpoint()
+    assert str(checkpoint.version) == "4.2"
+    assert json.loads(bytes(store.read(checkpoint.objects[0])))["applied"] == EVERY_ID
+
+
+@pytest.mark.parametrize("how", ["damaged", "truncated", "missing"])
+async def test_weights_that_cannot_be_read_are_published_again(how):
+    store, _ = await finished_run()
+    harm(store, "fake/weights/000004.1/weights", how)
+    told: list[object] = []
+    services = Services(
+        prompts=FakePrompts(run=RUN),
+        rollout=FakeRollout(store=store),
+        learner=FakeLearner(store=store),
+        reward=FakeReward(store=store),
+    )
+    log = CommitLog.take_over(store, RUN.name, "test")
+    await drive(Loop(services, log, RunLayout(RUN.name), RUN, told.append), [])
+    weights = CommitLog.read(store, "fake").latest_weights()
+    assert str(weights.version) == "4.2"
+    assert json.loads(bytes(store.read(weights.objects[0])))["applied"] == EVERY_ID
+    assert services.rollout.weights == weights
+    assert ["Weights 4.1 cannot be read" in str(event) for event in told] == [True]
+
+
 DRIVER = """
 import asyncio, json, sys
 from pathlib import Path
