@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from steadyhelm.config.base import Part
-from steadyhelm.config.fields import all_places, field_at, parts_at
+from steadyhelm.config.fields import all_places, field_at, parts_at, parts_in
 from steadyhelm.config.source import Place, Source, dotted
 
 _LONGEST_VALUE = 60  # characters of a value that a message shows
@@ -21,6 +21,8 @@ def messages(root: type[Part], source: Source, error: ValidationError) -> list[s
     """One line per error, in the order of the file."""
     placed = []
     for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # pydantic counts only elements without errors, and those have messages of their own
         place = _place(source.value, detail["loc"])
         if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
             place = (*place, "type")
@@ -95,14 +97,29 @@ def _unknown_key(root: type[Part], source: Source, place: Place) -> str:
     key = str(place[-1])
     known = sorted({name for part in parts_at(root, source.value, place[:-1]) for name in part.model_fields})
     near = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [dotted(other) for other in all_places(root) if other[-1] == key]
-    if near:
+    here = tuple(step for step in place if isinstance(step, str))
+    elsewhere = [dotted(other) for other in all_places(root) if other[-1] == key and other != here]
+    variants = [repr(kind) for kind in _variants_with(root, source, place)]
+    if variants:
+        remedy = f"remove it, or set {_parent(place)}.type to {_one_of(variants)}, which has it"
+    elif near:
         remedy = f"did you mean {near[0]!r}?"
     elif elsewhere:
         remedy = f"did you mean {elsewhere[0]!r}?"
     else:
         remedy = f"remove it; {_parent(place)} has {', '.join(known)}"
     return f"{dotted(place)} is not a known key: {remedy}"
+
+
+def _variants_with(root: type[Part], source: Source, place: Place) -> list[str]:
+    """The types by which the union around ``place`` would have its key."""
+    union = field_at(root, source.value, place[:-1])
+    parts = [] if union is None else parts_in(union.annotation)
+    return [part.model_fields["type"].default for part in parts if {"type", place[-1]} <= part.model_fields.keys()]
+
+
+def _one_of(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _missing(root: type[Part], source: Source, place: Place) -> str:

@@ -73,6 +73,20 @@ CASES = {
         "run.yaml:7: rollout.qqq is not a known key: remove it; rollout has deadline_s, engine, max_new_tokens, "
         "replicas, samples_per_prompt, temperature",
     ),
+    "a key of other variants names them": (
+        [("{type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}", "{type: rloo, gamma: 0.5}")],
+        "run.yaml:6: algorithm.gamma is not a known key: remove it, or set algorithm.type to 'stable_reinforce' or "
+        "'reinforce_pp', which has it",
+    ),
+    "a key of another variant in a list names that one, and the list is not called empty": (
+        [("    - {type: choice, weight: 1.0}\n", ""), ("type: format", "lines: 3, type: format")],
+        "run.yaml:10: reward.terms.0.lines is not a known key: remove it, or set reward.terms.0.type to "
+        "'consistency', which has it",
+    ),
+    "an empty list": (
+        [("\n    - {type: format, weight: 0.5}\n    - {type: choice, weight: 1.0}", " []")],
+        "run.yaml:9: reward.terms is []: give at least 1 element(s), not 0",
+    ),
     "a quoted number is text": (
         [("micro_batch: 16", 'micro_batch: "16"')],
         "run.yaml:12: learner.micro_batch is '16': give a whole number",
