@@ -147,7 +147,7 @@ class BatchMaker:
         return policy
 
     async def _shards(self, iteration: int, first: int, prompts: Sequence[Prompt]) -> list[Served[ShardRecord]]:
-        size, attempt = self._run.rollout.engine.batch, self._log.attempt
+        size, attempt = self._run.rollouts_per_shard, self._log.attempt
         sampling = Sampling(max_new_tokens=self._run.rollout.max_new_tokens, temperature=self._run.rollout.temperature)
         orders = [
             ShardOrder(

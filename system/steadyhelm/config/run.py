@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from steadyhelm.config.algorithm import GROUPED, Algorithm, PolicyGradient, Sft, StableReinforce
 from steadyhelm.config.base import CodeRef, Count, Part, Seconds
+from steadyhelm.config.engine import Engine, TransformersEngine
 from steadyhelm.config.place import parse_place
 from steadyhelm.config.reward import Reward
 from steadyhelm.errors import ConfigError
@@ -65,18 +66,6 @@ class Data(Part):
                 "raise the latter"
             )
         return self
-
-
-class TransformersEngine(Part):
-    """Generation by Transformers inside the rollout actor."""
-
-    type: Literal["transformers"] = "transformers"
-    """Discriminator."""
-    batch: Count = 64
-    """Sequences generated together; also the number of trajectories in a shard."""
-
-
-Engine = TransformersEngine
 
 
 class Rollout(Part):
@@ -262,6 +251,12 @@ class RunFile(Part):
         return self.schedule.prompts_per_iteration * (1 if self.is_sft else self.rollout.samples_per_prompt)
 
     @property
+    def rollouts_per_shard(self) -> int:
+        """Completions in a shard: an engine's batch, cut so that no prompt's samples are in two."""
+        batch = self.rollout.engine.batch
+        return batch if self.is_sft else batch - batch % self.rollout.samples_per_prompt
+
+    @property
     def steps_per_iteration(self) -> int:
         """Optimiser steps in each iteration."""
         epochs = 1 if isinstance(self.algorithm, Sft) else self.algorithm.epochs
@@ -297,6 +292,12 @@ class RunFile(Part):
             raise ValueError(
                 f"rollout.samples_per_prompt is {self.rollout.samples_per_prompt}, but algorithm.type "
                 f"{self.algorithm.type!r} compares samples of one prompt: set it to 2 or more"
+            )
+        if not self.is_sft and self.rollout.engine.batch < self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"rollout.engine.batch is {self.rollout.engine.batch}, but a shard holds all "
+                f"{self.rollout.samples_per_prompt} samples of a prompt (rollout.samples_per_prompt): raise the former "
+                "or lower the latter"
             )
         if self.learner.train_batch > self.rollouts_per_iteration:
             raise ValueError(

@@ -184,6 +184,11 @@ CASES = {
         "run.yaml:7: rollout.samples_per_prompt is 1, but algorithm.type 'grpo' compares samples of one prompt: "
         "set it to 2 or more",
     ),
+    "a shard smaller than a group": (
+        [("{type: transformers}, replicas: 1", "{type: transformers, batch: 4}, samples_per_prompt: 6")],
+        "run.yaml:7: rollout.engine.batch is 4, but a shard holds all 6 samples of a prompt "
+        "(rollout.samples_per_prompt): raise the former or lower the latter",
+    ),
     "staleness without a correction": (
         [("iterations: 60", "iterations: 60, max_staleness: 1")],
         "run.yaml:13: schedule.max_staleness is above 0 but algorithm.correction.mode is 'off': set it to 'token' or "

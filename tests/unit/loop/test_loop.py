@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 from steadyhelm.config import RunFile
-from steadyhelm.data.types import ShardRecord
+from steadyhelm.data.types import Prompt, PromptId, ShardRecord
 from steadyhelm.errors import FatalError, LearnerLostError, UnscoredError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.services import Served, ShardOrder
@@ -267,6 +267,30 @@ async def test_a_prompt_that_a_shard_leaves_out_is_recorded_as_dropped():
     await drive(loop)
     assert "0:5" not in services.learner.applied
     assert CommitLog.read(store, "fake").batches()[0].outcomes["0:5"] == "dropped:overlong"
+
+
+class Grouped(FakePrompts):
+    """Three samples of each prompt, side by side."""
+
+    async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
+        served = await super().prompts(iteration)
+        samples = [
+            replace(prompt, prompt_id=PromptId(f"{prompt.prompt_id}s{sample}"))
+            for prompt in served.value
+            for sample in range(3)
+        ]
+        return Served(value=tuple(samples))
+
+
+async def test_no_prompts_samples_are_in_two_shards():
+    rollout = {"engine": {"type": "transformers", "batch": 7}, "samples_per_prompt": 3}
+    run = RunFile.model_validate(RUN.model_dump() | {"rollout": rollout})
+    store = MemoryStore()
+    await drive(make(store, run, prompts=Grouped(run=run))[0])
+    for manifest in CommitLog.read(store, "fake").batches():
+        assert [len(shard.prompt_ids) for shard in manifest.shards] == [6, 6, 6, 6]
+        groups = [{prompt_id.partition("s")[0] for prompt_id in shard.prompt_ids} for shard in manifest.shards]
+        assert [len(group) for group in groups] == [2, 2, 2, 2]
 
 
 async def test_a_failing_shard_cancels_the_others_and_raises_its_own_error():
