@@ -51,6 +51,10 @@ class ConsistencyTerm(Part):
     """``pm1``: +1 consistent, 0 undecided, −1 contradicting. ``01``: 1 consistent, 0 otherwise."""
     lines: Annotated[int, Field(ge=0)] = 0
     """How many of the thought's last lines the judge sees; 0 shows all (the release shows 3)."""
+    mode: Literal["strict", "release"] = "strict"
+    """``strict``: a completion without 1 or 2 between its tags is undecided. ``release``: the judge is shown such an
+    answer as R1-Reward's released scorer does, the whole response where there are no tags; beside a ``choice`` in mode
+    ``release`` it can earn as much as a tagged one, but for the format."""
     judge: Judge = RulesJudge()
     """Who compares."""
 

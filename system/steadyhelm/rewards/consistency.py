@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from steadyhelm.rewards.conclusion import conclusion
 from steadyhelm.rewards.interface import Sample, Score
-from steadyhelm.rewards.response import shown_thought, strict_choice
+from steadyhelm.rewards.response import answer_text, response_text, shown_thought, strict_choice
+
+_WHOLE_NUMBER = re.compile(r"\s*[-+]?\d+\s*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,26 +49,45 @@ def compare(case: JudgeCase) -> int:
     return 1 if concluded == answered else -1
 
 
-def judge_case(completion: str, lines: int = 0) -> JudgeCase | None:
-    """The case that a completion makes for a judge; None where its answer is not 1 or 2.
+def judge_case(completion: str, lines: int = 0, mode: Literal["strict", "release"] = "strict") -> JudgeCase | None:
+    """The case that a completion makes for a judge.
 
-    ``lines``: how many of the thought's last lines are shown, 0 for all.
+    ``lines``: how many of the thought's last lines are shown, 0 for all. ``strict``: None where the answer is not 1 or
+    2. ``release``: never None; an answer of another kind is shown as R1-Reward's released scorer does (spec §2.4):
+    another whole number as "two response are the same", other text as it is, and the whole response where there are no
+    tags, so that a thought is compared with itself.
     """
     choice = strict_choice(completion)
-    if choice is None:
+    if choice is not None:
+        answer = f"response {choice} is better"
+    elif mode == "release":
+        answer = _released_answer(completion)
+    else:
         return None
-    return JudgeCase(thought=shown_thought(completion, lines), answer=f"response {choice} is better")
+    return JudgeCase(thought=shown_thought(completion, lines), answer=answer)
+
+
+def _released_answer(completion: str) -> str:
+    inner = answer_text(completion)
+    if inner is None:
+        return response_text(completion)
+    return "two response are the same" if _WHOLE_NUMBER.fullmatch(inner) else inner
 
 
 async def consistency_rewards(
-    samples: Sequence[Sample], judge: Judge, *, lines: int = 0, values: Literal["pm1", "01"] = "pm1"
+    samples: Sequence[Sample],
+    judge: Judge,
+    *,
+    lines: int = 0,
+    values: Literal["pm1", "01"] = "pm1",
+    mode: Literal["strict", "release"] = "strict",
 ) -> list[Score]:
     """One score per sample, in order: ``pm1`` gives +1, 0, −1; ``01`` gives 1 where consistent and 0 otherwise.
 
-    A completion without a readable answer is undecided (0) and not shown to the judge. A judge that fails on a case,
-    or on the call, leaves its samples unscored.
+    ``lines`` and ``mode`` are those of ``judge_case``; a completion that makes no case is undecided (0) and not shown
+    to the judge. A judge that fails on a case, or on the call, leaves its samples unscored.
     """
-    cases = [judge_case(sample.completion_text, lines) for sample in samples]
+    cases = [judge_case(sample.completion_text, lines, mode) for sample in samples]
     asked = [case for case in cases if case is not None]
     error = "the judge gave no verdict"
     try:

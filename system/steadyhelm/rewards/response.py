@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
+_END_MARKS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
+
+
+def response_text(completion: str) -> str:
+    """The completion, stripped, without the end marks behind it, which are text where they are no end token (§2.1)."""
+    end = len(completion)
+    while end:
+        mark = next((mark for mark in _END_MARKS if completion.endswith(mark, 0, end)), " ")
+        if mark == " " and not completion[end - 1].isspace():
+            break
+        end -= len(mark)
+    return completion[:end].lstrip()
 
 
 def answer_text(completion: str) -> str | None:
@@ -27,5 +39,5 @@ def shown_thought(completion: str, lines: int) -> str:
         completion: the whole text; without ``<answer>`` all of it is thought.
         lines: how many of its last lines are kept, joined with ``;``; 0 keeps all as they are.
     """
-    thought = completion.partition(_OPEN)[0].strip()
+    thought = response_text(completion).partition(_OPEN)[0].strip()
     return ";".join(thought.split("\n")[-lines:]) if lines else thought

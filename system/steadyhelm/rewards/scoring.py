@@ -86,7 +86,7 @@ async def _term_scores(
         case ChoiceTerm():
             return [choice_reward(sample, term.mode) for sample in samples]
         case ConsistencyTerm():
-            return await consistency_rewards(samples, judge, lines=term.lines, values=term.values)
+            return await consistency_rewards(samples, judge, lines=term.lines, values=term.values, mode=term.mode)
         case CustomTerm():
             assert runner is not None
             return await _custom_scores(term.name, samples, scopes[term.name], runner, group_size)

@@ -186,6 +186,17 @@ async def test_three_lines_shown_are_read_like_all_lines(thought):
         assert await values_of(text(thought, answer), lines=3) == await values_of(text(thought, answer)) != [0.0]
 
 
+async def test_the_release_shows_the_judge_what_is_no_choice_too():
+    untagged = "I look closely.\nSo Response 2 is better."
+    assert judge_case(untagged) is None
+    assert judge_case(untagged, mode="release") == JudgeCase(thought=untagged, answer=untagged)
+    assert judge_case(untagged, lines=1, mode="release").thought == "So Response 2 is better."
+    assert judge_case(text("a", " 3 "), mode="release").answer == "two response are the same"
+    assert judge_case(text("a", "the first"), mode="release").answer == "the first"
+    assert judge_case(text("a", "2"), mode="release") == judge_case(text("a", "2"))
+    assert await values_of(untagged, "I look.", text("So 2 is right.", "3"), mode="release") == [1.0, 0.0, 0.0]
+
+
 def text(thought: str, answer: str) -> str:
     return f"<think>{thought}</think><answer>{answer}</answer>"
 

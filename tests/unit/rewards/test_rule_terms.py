@@ -36,6 +36,8 @@ def sample(text: str, label: int = 2, prompt_text: str = "Which?") -> Sample:
         "<think>a\nb\n</think><answer>\n1\n</answer>",
         "  " + GOOD + "\n",
         "<think>a</think></think><answer>1</answer></answer>",
+        GOOD + "<|im_end|>",
+        GOOD + "\n<|im_end|>\n<|endoftext|> ",
     ],
 )
 def test_the_asked_shape_gets_one(text):
@@ -52,6 +54,9 @@ def test_the_asked_shape_gets_one(text):
         "<think>a</think>\n<answer>2</answer>",
         "So: " + GOOD,
         GOOD + " Done.",
+        "<|im_end|>" + GOOD,
+        "<think>a</think><|endoftext|><answer>2</answer>",
+        GOOD + "<|vision_end|>",
         "<think>a</think><answer>2",
         "<think>a<answer>2</answer>",
         "<think><think>a</think><answer>2</answer>",
@@ -78,6 +83,7 @@ def test_hostile_text_takes_linear_time():
     hostile = "<think>" + "</think><answer>" * 50_000 + "</answer" * 50_000
     started = time.process_time()
     format_reward(hostile)
+    format_reward(GOOD + "<|im_end|> " * 30_000)
     strict_choice(hostile)
     release_reward(hostile, 1)
     release_reward("1" * 300_000 + "a", 1)

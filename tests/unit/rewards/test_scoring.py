@@ -62,6 +62,16 @@ async def test_the_default_reward_of_a_few_completions():
     assert rewards.total.dtype == np.float32
 
 
+async def test_in_the_releases_modes_an_untagged_answer_earns_all_but_the_format():
+    released = (FormatTerm(), ChoiceTerm(mode="release"), ConsistencyTerm(mode="release", lines=3))
+    texts = ["I look.\nSo Response 1 is better.", "I look.\nSo Response 2 is better.", "1", said(1, 1)]
+    samples = [sample(i, text) for i, text in enumerate(texts)]
+    rewards = await score_samples(samples, Reward(terms=released), judge=RulesJudge(), scopes={})
+    assert rewards.total.tolist() == [1.5, 0.0, 1.0, 2.0]
+    strict = await score_samples(samples, Reward(), judge=RulesJudge(), scopes={})
+    assert strict.total.tolist() == [0.0, 0.0, 0.0, 2.0]
+
+
 async def test_means_are_over_valid_samples_only():
     samples = [sample(0, said(1, 1)), sample(1, said(2, 2)), sample(2, said(1, 1), finish=FinishReason.ABORT)]
     rewards = await score_samples(samples, Reward(), judge=RulesJudge(), scopes={})
