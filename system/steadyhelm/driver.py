@@ -93,13 +93,27 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     require_one_winner(store, layout.run)
     lock = held(store, layout.run, take_over=options.take_over, tell=tell)
     with lock, _scraped(run_file, layout.run, tell) as told:
-        log = CommitLog.read(store, layout.run)
-        _settle_run_file(run_file, store, layout, options.accept_changes, log.last_iteration)
-        if log.finished() is not None:
+        log = take_over(run_file, store, layout.run, options.accept_changes)
+        if log is None:
             told(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
             return 0
-        log = CommitLog.take_over(store, layout.run, "resume" if log.attempt else "start")
         return asyncio.run(Driver(run_file, base, options.address, store, layout, log, told).drive())
+
+
+def take_over(run_file: RunFile, store: ObjectStore, run: str, accept_changes: bool) -> CommitLog | None:
+    """The log of the run, new or known, of which this driver is the newest attempt; None where the run is finished.
+
+    ``accept_changes`` goes on, also behind its end, under a run file that differs from the run's. Raises ConfigError
+    where that is not given, StoreError.
+    """
+    known = CommitLog.read(store, run)
+    changed = _settle_run_file(run_file, store, known, accept_changes)
+    if known.finished() is not None and not changed:
+        return None
+    log = CommitLog.take_over(store, run, "resume" if known.attempt else "start")
+    if _settle_run_file(run_file, store, log, accept_changes):  # asked again: now nobody else can change it
+        log.append("run_file", _run_record(run_file) | {"after": log.last_iteration})
+    return log
 
 
 def evaluate(
@@ -321,7 +335,7 @@ class Driver:
         """
         from steadyhelm.report import write_report
 
-        after = _settled_after(self._store, self._layout)
+        after = int(self._log.run_record()["after"])
         ledger = await settle_ledger(self._log, services.prompts, after)
         await asyncio.to_thread(self._log.check_fence)
         model = await services.learner.export(self._layout.model)
@@ -443,31 +457,26 @@ async def settle_ledger(log: LogView, prompts: PromptSource, after: int) -> Ledg
     return ledger
 
 
-def _settled_after(store: ObjectStore, layout: RunLayout) -> int:
-    """The last iteration that was committed under another run file, which may have issued other prompts; 0: none."""
-    return int(json.loads(bytes(store.get(layout.run_file))).get("after", 0))
+def _run_record(run_file: RunFile) -> dict[str, Any]:
+    """What the run's objects say of a run file; ``after``: the last iteration that a former one holds for."""
+    return {"format": 1, "steadyhelm": __version__, "after": 0, "run": run_file.model_dump(mode="json")}
 
 
-def _settle_run_file(
-    run_file: RunFile, store: ObjectStore, layout: RunLayout, accept_changes: bool, committed: int
-) -> None:
-    """Puts the run file of a new run; raises ConfigError where a known run's differs from it.
+def _settle_run_file(run_file: RunFile, store: ObjectStore, log: LogView, accept_changes: bool) -> bool:
+    """Puts the run file of a new run; whether a known run's, the one in force, differs from it.
 
-    A changed one is put with ``committed``, the last iteration that the former one holds for.
+    Raises ConfigError where it differs and ``accept_changes`` is not given.
     """
-    record = {"format": 1, "steadyhelm": __version__, "after": 0, "run": run_file.model_dump(mode="json")}
     try:
-        store.put(layout.run_file, json.dumps(record, indent=1).encode(), if_absent=True)
-        return
+        store.put(RunLayout(log.run).run_file, json.dumps(_run_record(run_file), indent=1).encode(), if_absent=True)
+        return False
     except ObjectExistsError:
-        known = RunFile.model_validate(json.loads(bytes(store.get(layout.run_file)))["run"])
+        known = RunFile.model_validate(log.run_record()["run"])
     changes = diff_run_files(known, run_file)
-    if not changes:
-        return
-    if not accept_changes:
+    if changes and not accept_changes:
         listed = "\n  ".join(changes)
         raise ConfigError(
-            f"run {layout.run} exists with another run file:\n  {listed}\n"
+            f"run {log.run} exists with another run file:\n  {listed}\n"
             "Start a new run with --new, or go on under the changed file with --accept-changes."
         )
-    store.put(layout.run_file, json.dumps(record | {"after": committed}, indent=1).encode())
+    return bool(changes)

@@ -14,7 +14,7 @@ from steadyhelm.data.types import BatchManifest, FinishReason, Rewards, Trajecto
 from steadyhelm.report.advantages import batch_advantages
 from steadyhelm.report.records import Comparison, Evaluation, ReportData, Sample, Token
 from steadyhelm.rewards.response import strict_choice
-from steadyhelm.store import ObjectStore, run_record
+from steadyhelm.store import ObjectStore
 from steadyhelm.store.codec import decode_rewards, decode_rollout
 from steadyhelm.store.images import get_image
 from steadyhelm.store.layout import RunLayout
@@ -34,9 +34,9 @@ def read_metrics(store: ObjectStore, run: str) -> list[MetricsLine]:
 def gather(store: ObjectStore, run: str) -> ReportData:
     """Everything that the report of ``run`` shows. Raises ConfigError where there is no such run."""
     layout = RunLayout(run)
-    record = run_record(store, run)
-    run_file = RunFile.model_validate(record["run"])
     log = LogView(store, run)
+    record = log.run_record()
+    run_file = RunFile.model_validate(record["run"])
     decode = _decoder(store, layout, run_file)
     evaluations = {int(entry.payload["iteration"]): entry.payload for entry in log.entries if entry.kind == "eval"}
     comparisons, changes = _comparisons(store, layout, evaluations, decode)

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from steadyhelm.config.place import parse_place
 from steadyhelm.data.types import ObjectRef
-from steadyhelm.errors import ConfigError, ObjectMissingError
+from steadyhelm.errors import ConfigError
 from steadyhelm.store.checksum import Data
-from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.local import LocalStore
-from steadyhelm.store.records import loads
 
 READERS = 8
 """Objects that ``read_all`` reads at a time."""
@@ -123,18 +121,4 @@ def open_run(place: str) -> tuple[ObjectStore, str]:
     return open_store(store + mark + settings), run
 
 
-def run_record(store: ObjectStore, run: str) -> dict[str, Any]:
-    """What ``<run>/run.json`` says: the validated run file under ``run``, and who wrote it.
-
-    Raises ConfigError where there is no such run.
-    """
-    key = RunLayout(run).run_file
-    try:
-        return loads(store.get(key), f"{key} in {store.uri}")
-    except ObjectMissingError:
-        raise ConfigError(
-            f"there is no run {run!r} in {store.uri}: give the place that 'steadyhelm run' shows"
-        ) from None
-
-
-__all__ = ["Data", "LocalStore", "ObjectStore", "open_run", "open_store", "read_all", "run_record", "run_uri"]
+__all__ = ["Data", "LocalStore", "ObjectStore", "open_run", "open_store", "read_all", "run_uri"]

@@ -3,7 +3,7 @@
 ::
 
     images/<sha256>                                             each image once, shared by runs
-    <run>/run.json                                              the validated run file
+    <run>/run.json                                              the validated run file that the run began with
     <run>/log/<seq:08d>                                         the commit log
     <run>/batches/<iteration:06d>/<attempt>-<shard:04d>.<kind>  rollout, reference and reward shards
     <run>/weights/<iteration:06d>.<attempt>/…                   a published policy version

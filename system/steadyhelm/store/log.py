@@ -8,6 +8,7 @@ entry before it, its payload and the checksum of all that.
   driver would write next is taken, by an entry of another attempt: it gets a FencedError, however long it slept.
 - *A lost answer* is no failure: the writer finds its own nonce in the slot. The nonces of appends that ended in an
   error are kept too, so an entry of theirs that shows up later is taken in, not mistaken for a rival's.
+- *A changed run file* is an entry too, ``run_file``: ``<run>/run.json`` is the one that the run began with.
 - *A torn last entry* is void. No store makes one unless it lost power in the middle; nothing can have been built on
   it, since whatever follows a commit is committed behind it. The next attempt skips its number and says so in its own
   entry (``voided``). An unreadable entry anywhere else, or a missing one, is a CorruptObjectError.
@@ -34,6 +35,7 @@ import xxhash
 
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
 from steadyhelm.errors import (
+    ConfigError,
     CorruptObjectError,
     FencedError,
     ObjectExistsError,
@@ -45,7 +47,7 @@ from steadyhelm.store import ObjectStore
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.records import Json, dumps, from_json, loads, object_refs, plain, to_json
 
-KINDS = frozenset({"attempt", "batch", "weights", "checkpoint", "eval", "finished"})
+KINDS = frozenset({"attempt", "run_file", "batch", "weights", "checkpoint", "eval", "finished"})
 """What an entry can say."""
 FORMAT = 1
 """Version of the entries' format."""
@@ -110,6 +112,8 @@ class Lineage:
             self.checkpoints.append(record)
         elif entry.kind == "finished":
             self.finished = entry.payload
+        elif entry.kind == "run_file":
+            self.finished = None
         self.entries.append(entry)
 
     def _apply_weights(self, record: WeightsRecord, place: str) -> None:
@@ -199,8 +203,24 @@ class LogView:
         return tuple(self._lineage.checkpoints)
 
     def finished(self) -> Json | None:
-        """What the ``finished`` entry says, None while the run has work left (a later batch reopens it)."""
+        """What the ``finished`` entry says, None while the run has work left (a batch or a run file reopens it)."""
         return self._lineage.finished
+
+    def run_record(self) -> Json:
+        """The run file in force, under ``run``, who wrote it, and ``after`` which iteration it holds.
+
+        It is the newest that the log has, or the one that the run began with. Raises ConfigError where there is no run.
+        """
+        changed = self.latest("run_file")
+        if changed is not None:
+            return changed.payload
+        key = self._layout.run_file
+        try:
+            return loads(self._store.get(key), f"{key} in {self._store.uri}")
+        except ObjectMissingError:
+            raise ConfigError(
+                f"there is no run {self.run!r} in {self._store.uri}: give the place that 'steadyhelm run' shows"
+            ) from None
 
     def holder(self) -> str:
         """Which attempt is newest and where it runs, for messages."""

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, PolicyVersion, WeightsRecord
 from steadyhelm.errors import StoreError
-from steadyhelm.store import ObjectStore, run_record
+from steadyhelm.store import ObjectStore
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import LogView
@@ -104,7 +104,7 @@ def collect(store: ObjectStore, run: str, tell: EventSink, *, dry_run: bool = Fa
         FatalError: a driver is at it.
         ObjectMissingError: what a resume needs is not all there; nothing was deleted.
     """
-    keep = Keep.of(RunFile.model_validate(run_record(store, run)["run"]))
+    keep = Keep.of(RunFile.model_validate(LogView(store, run).run_record()["run"]))
     with nullcontext() if dry_run else held(store, run, tell=tell):
         found = list(unneeded(store, LogView(store, run), keep))
         if not dry_run:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from steadyhelm.config import RunFile
-from steadyhelm.driver import Driver, _settle_run_file
+from steadyhelm.driver import Driver, take_over
 from steadyhelm.loop import Services
 from steadyhelm.report import read_metrics
 from steadyhelm.store.layout import RunLayout
@@ -63,9 +63,7 @@ def run_file() -> RunFile:
 def start(run_file: RunFile):
     def make(store: MemoryStore, run: RunFile = run_file, **services: object) -> Attempt:
         layout, told = RunLayout("fake"), []
-        log = CommitLog.read(store, "fake")
-        _settle_run_file(run, store, layout, False, log.last_iteration)
-        log = CommitLog.take_over(store, "fake", "test")
+        log = take_over(run, store, "fake", False)
         parts = {
             "prompts": FakePrompts(run=run, pairs=4),
             "rollout": FakeRollout(store=store),

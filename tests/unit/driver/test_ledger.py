@@ -1,12 +1,13 @@
 """The ledger at the end of a run, over batches that the loop's own code makes from fake services."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, PolicyVersion, PromptId, ShardRecord
-from steadyhelm.driver import Driver, _settle_run_file, _settled_after, settle_ledger
+from steadyhelm.driver import Driver, settle_ledger
 from steadyhelm.errors import FatalError
 from steadyhelm.loop import Loop, Services
 from steadyhelm.services import Served, ShardOrder
@@ -95,15 +96,17 @@ SECOND = batch(2, "0:4", "0:5", "0:6", "0:7")
 async def finish(store: MemoryStore, *batches: BatchManifest, after: int | None = None) -> None:
     """The end of a driver's work over a log that holds these batches."""
     run = run_file()
-    store.put("fake/run.json", (RECORD % (f'"after": {after}, ' if after else "", run.model_dump_json())).encode())
+    store.put("fake/run.json", (RECORD % run.model_dump_json()).encode())
     log = CommitLog.take_over(store, "fake", "start")
     for manifest in batches:
         log.commit_batch(manifest)
+        if manifest.iteration == after:
+            log.append("run_file", json.loads(RECORD % run.model_dump_json()) | {"after": after})
     driver = Driver(run, Path(), "", store, RunLayout("fake"), log, lambda _: None)
     await driver._finish(services_of(store, run))
 
 
-RECORD = '{"format": 1, "steadyhelm": "0", %s"run": %s}'
+RECORD = '{"format": 1, "steadyhelm": "0", "after": 0, "run": %s}'
 
 
 def finished(store: MemoryStore) -> dict[str, object]:
@@ -139,12 +142,3 @@ async def test_iterations_under_another_run_file_are_not_compared_with_what_this
     store = MemoryStore()
     await finish(store, batch(1, "0:6", "0:7"), SECOND, after=1)
     assert finished(store) == {"iterations": 2, "ledger": {"dropped": 4}, "ledger_after": 1}
-
-
-def test_an_accepted_change_says_behind_which_iteration_it_holds():
-    store, layout, changed = MemoryStore(), RunLayout("fake"), run_file(on_unscored="resample")
-    _settle_run_file(run_file(), store, layout, False, 0)
-    assert _settled_after(store, layout) == 0
-    _settle_run_file(changed, store, layout, True, 7)
-    _settle_run_file(changed, store, layout, False, 9)
-    assert _settled_after(store, layout) == 7

@@ -269,7 +269,7 @@ def test_a_batch_behind_the_end_reopens_a_finished_run(store):
 @pytest.mark.parametrize("kind", ["attempt", "note", ""])
 def test_other_kinds_are_refused(kind):
     log = CommitLog.take_over(MemoryStore(), "run", "start")
-    with pytest.raises(StoreError, match="batch, checkpoint, eval, finished, weights"):
+    with pytest.raises(StoreError, match="batch, checkpoint, eval, finished, run_file, weights"):
         log.append(kind, {})
 
 
