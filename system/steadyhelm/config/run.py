@@ -45,8 +45,10 @@ class Data(Part):
     """``file.py:name`` of ``(question, response_1, response_2) -> str``, the user message; None uses the built-in
     pairwise judge prompt."""
     swap: Literal["random", "none"] = "random"
-    """``random``: the two responses change places with probability ½, by a counter seed. Evaluation always uses both
-    orders."""
+    """``random``: the two responses change places with probability ½, by a counter seed. For training only."""
+    eval_order: Literal["both", "fixed"] = "both"
+    """``both``: each held-out pair is asked in both orders, and results are averaged. ``fixed``: in the data set's own
+    order only, to compare with figures that were made so; a bias towards one place then goes unseen."""
     shuffle: bool = True
     """Whether each epoch has its own order."""
     max_prompt_tokens: Count = 2048

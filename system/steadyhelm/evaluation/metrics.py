@@ -1,4 +1,4 @@
-"""Metrics of a pairwise judge on held-out pairs, both orders of each.
+"""Metrics of a pairwise judge on held-out pairs, both orders of each unless told otherwise.
 
 Pure functions of prompts and trajectories. An answer is read strictly (the first ``<answer>`` must hold 1 or 2); what
 cannot be read is no vote, a prompt without a majority has no choice, and no choice is wrong.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from steadyhelm.data.types import FinishReason, Prompt, Trajectory
 from steadyhelm.evaluation.intervals import clustered, wilson
@@ -47,7 +47,8 @@ class EvalResult:
     """The metrics of an evaluation; all rates are shares in [0, 1], intervals are 95 %.
 
     ``accuracy``: share of right choices over both orders. ``accuracy_unswapped`` and ``accuracy_swapped``: over the
-    data set's own order and the opposite one. ``both_orders``: share of pairs right in both. ``first_slot``: share of
+    data set's own order and the opposite one. ``both_orders``: share of pairs right in both. Where the data set's own
+    order alone was asked, ``accuracy`` is over that one, and what needs the other is None. ``first_slot``: share of
     "1" among the choices that were made (None without any); 0.5 is unbiased. ``always_first``: the accuracy
     that a judge that always says "1" gets on these prompts. ``unparsable``: share of completions without a readable
     answer. ``format`` and ``consistency``: share of completions in the asked format, and whose thought concludes what
@@ -59,9 +60,9 @@ class EvalResult:
     accuracy: float
     accuracy_interval: tuple[float, float]
     accuracy_unswapped: float
-    accuracy_swapped: float
-    both_orders: float
-    both_orders_interval: tuple[float, float]
+    accuracy_swapped: float | None
+    both_orders: float | None
+    both_orders_interval: tuple[float, float] | None
     first_slot: float | None
     always_first: float
     unparsable: float
@@ -83,9 +84,6 @@ class EvalResult:
             names.EVAL_ACCURACY: self.accuracy,
             names.EVAL_ACCURACY_LOW: self.accuracy_interval[0],
             names.EVAL_ACCURACY_HIGH: self.accuracy_interval[1],
-            names.EVAL_BOTH_ORDERS: self.both_orders,
-            names.EVAL_BOTH_ORDERS_LOW: self.both_orders_interval[0],
-            names.EVAL_BOTH_ORDERS_HIGH: self.both_orders_interval[1],
             names.EVAL_ALWAYS_FIRST: self.always_first,
             names.EVAL_UNPARSABLE: self.unparsable,
             names.EVAL_FORMAT: self.format,
@@ -93,11 +91,18 @@ class EvalResult:
             names.EVAL_TRUNCATED: self.truncated,
             names.EVAL_PAIRS: float(self.num_pairs),
         }
-        return found if self.first_slot is None else {**found, names.EVAL_FIRST_SLOT: self.first_slot}
+        if self.first_slot is not None:
+            found[names.EVAL_FIRST_SLOT] = self.first_slot
+        if self.both_orders is not None and self.both_orders_interval is not None:
+            found[names.EVAL_BOTH_ORDERS] = self.both_orders
+            found[names.EVAL_BOTH_ORDERS_LOW], found[names.EVAL_BOTH_ORDERS_HIGH] = self.both_orders_interval
+        return found
 
 
-def evaluate(prompts: Sequence[Prompt], trajectories: Iterable[Trajectory], *, lines: int = 0) -> EvalResult:
-    """The metrics of ``trajectories``, in any order, for ``prompts``: each pair in both orders.
+def evaluate(
+    prompts: Sequence[Prompt], trajectories: Iterable[Trajectory], *, lines: int = 0, orders: Literal[1, 2] = 2
+) -> EvalResult:
+    """The metrics of ``trajectories``, in any order, for ``prompts``: each pair in both orders, or in its own (1).
 
     Several prompts of the same pair and order are samples to vote over; their number K must be odd and the same
     everywhere. ``lines`` is the consistency term's.
@@ -109,7 +114,7 @@ def evaluate(prompts: Sequence[Prompt], trajectories: Iterable[Trajectory], *, l
     items = _items(prompts, answered)
     completions = [answered[prompt.prompt_id] for prompt in prompts]
     texts = [trajectory.completion_text for trajectory in completions]
-    pairs = _pairs(items)
+    pairs = _pairs(items, orders)
     scores = [_mean(item.correct for item in pair) for pair in pairs]
     both = _mean(score == 1.0 for score in scores)
     choices = [item.choice for item in items if item.choice is not None]
@@ -118,11 +123,11 @@ def evaluate(prompts: Sequence[Prompt], trajectories: Iterable[Trajectory], *, l
         num_pairs=len(pairs),
         votes_per_prompt=len(items[0].votes),
         accuracy=_mean(scores),
-        accuracy_interval=clustered(scores, 2),
+        accuracy_interval=clustered(scores, orders),
         accuracy_unswapped=_mean(item.correct for item in items if not item.swapped),
-        accuracy_swapped=_mean(item.correct for item in items if item.swapped),
-        both_orders=both,
-        both_orders_interval=wilson(both, len(pairs)),
+        accuracy_swapped=_mean(item.correct for item in items if item.swapped) if orders == 2 else None,
+        both_orders=both if orders == 2 else None,
+        both_orders_interval=wilson(both, len(pairs)) if orders == 2 else None,
         first_slot=_mean(choice == 1 for choice in choices) if choices else None,
         always_first=_mean(item.label == 1 for item in items),
         unparsable=_mean(strict_choice(text) is None for text in texts),
@@ -180,17 +185,17 @@ def _items(prompts: Sequence[Prompt], answered: Mapping[str, Trajectory]) -> tup
     return tuple(items)
 
 
-def _pairs(items: Sequence[Item]) -> list[tuple[Item, Item]]:
-    """The two orders of each pair."""
-    orders: dict[str, list[Item]] = {}
+def _pairs(items: Sequence[Item], orders: Literal[1, 2]) -> list[list[Item]]:
+    """The orders of each pair that were asked."""
+    pairs: dict[str, list[Item]] = {}
     for item in items:
-        orders.setdefault(item.pair_id, []).append(item)
-    pairs = []
-    for pair_id, both in orders.items():
-        if len(both) != 2:
+        pairs.setdefault(item.pair_id, []).append(item)
+    for pair_id, asked in pairs.items():
+        if len(asked) < orders:
             raise ValueError(f"pair {pair_id!r} was asked in one order only; evaluation needs both")
-        pairs.append((both[0], both[1]))
-    return pairs
+        if len(asked) > orders or (orders == 1 and asked[0].swapped):
+            raise ValueError(f"pair {pair_id!r} was asked in the swapped order; evaluation is of the data set's own")
+    return list(pairs.values())
 
 
 def _mean(values: Iterable[float]) -> float:

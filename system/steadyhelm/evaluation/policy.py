@@ -1,4 +1,4 @@
-"""Evaluating a policy through the rollout service: greedy answers to held-out pairs in both orders."""
+"""Evaluating a policy through the rollout service: greedy answers to held-out pairs, in both orders by default."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ async def evaluate_policy(
         answered = {trajectory.prompt.prompt_id for trajectory in trajectories}
         kept = [prompt for prompt in held_out if prompt.prompt_id in answered]
         lines = next((term.lines for term in run.reward.terms if isinstance(term, ConsistencyTerm)), 0)
-        return evaluate(kept, trajectories, lines=lines)
+        return evaluate(kept, trajectories, lines=lines, orders=1 if run.data.eval_order == "fixed" else 2)
 
     return await asyncio.to_thread(measure)

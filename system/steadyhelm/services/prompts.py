@@ -88,18 +88,19 @@ class DatasetPrompts:
         return Served(value=self._prompt(cursor.parse_prompt_id(prompt_id).next_try))
 
     async def held_out(self, limit: int) -> Served[tuple[Prompt, ...]]:
-        """The first ``limit`` (0: all) evaluation pairs, each in both orders side by side.
+        """The first ``limit`` (0: all) evaluation pairs, each in both orders side by side unless ``data.eval_order`` is fixed.
 
         Ids are ``"eval:<index>"`` and, swapped, ``"eval:<index>x"``. Raises ConfigError where the run file names no
         evaluation data.
         """
         if self._eval is None:
             raise ConfigError("data.eval is not set, so there is nothing to evaluate on: name a data set there")
+        orders = (False,) if self._run.data.eval_order == "fixed" else (False, True)
         with telemetry.collect() as spans, telemetry.span("prompts", "held_out"):
             found = tuple(
                 self._held_out_prompt(index, swapped)
                 for index in range(min(limit or len(self._eval), len(self._eval)))
-                for swapped in (False, True)
+                for swapped in orders
             )
         return Served(value=found, spans=tuple(spans))
 

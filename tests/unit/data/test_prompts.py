@@ -153,6 +153,14 @@ async def test_held_out_pairs_come_in_both_orders_side_by_side(base, store):
     assert all(p.trace is None for p in prompts)
 
 
+async def test_in_fixed_order_held_out_pairs_come_as_the_data_set_has_them(base, store):
+    both = DatasetPrompts(run_file(eval="task.py:pairs"), base=base, store=store)
+    fixed = DatasetPrompts(run_file(eval="task.py:pairs", eval_order="fixed"), base=base, store=store)
+    prompts = (await fixed.held_out(2)).value
+    assert [p.prompt_id for p in prompts] == ["eval:0", "eval:1"]
+    assert prompts == (await both.held_out(2)).value[::2]
+
+
 async def test_without_evaluation_data_there_is_nothing_held_out(base, store):
     source = DatasetPrompts(run_file(), base=base, store=store)
     with pytest.raises(ConfigError, match=r"data\.eval is not set"):

@@ -121,6 +121,19 @@ def test_the_result_is_json_and_speaks_the_metric_names():
     assert set(result.metrics) <= set(names.METRICS)
 
 
+def test_the_data_sets_own_order_alone_says_nothing_about_the_other():
+    prompts = [p for p in both_orders([1, 1, 1, 2]) if not p.swapped]
+    good = [answer(p, said(1)) for p in prompts]
+    result = evaluate(prompts, good, orders=1)
+    assert (result.accuracy, result.accuracy_unswapped, result.always_first, result.num_pairs) == (0.75, 0.75, 0.75, 4)
+    assert (result.accuracy_swapped, result.both_orders, result.both_orders_interval) == (None, None, None)
+    assert result.accuracy_interval == pytest.approx(wilson(0.75, 4))
+    assert not any(name.startswith("eval/both") for name in result.metrics)
+    swapped = both_orders([1])
+    with pytest.raises(ValueError, match="pair 'pair-0' was asked in the swapped order"):
+        evaluate(swapped, [answer(p, said(1)) for p in swapped], orders=1)
+
+
 def test_samples_of_one_prompt_vote():
     prompts = [prompt(0, swapped, 1, sample) for swapped in (False, True) for sample in range(3)]
     texts = [said(1), said(1), said(2), said(1), "unreadable", said(2)]
