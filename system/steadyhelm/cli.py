@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 from enum import StrEnum
@@ -20,7 +21,7 @@ import typer
 if TYPE_CHECKING:
     from steadyhelm.config import RunFile
 
-EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED, EXIT_SIGNAL = 1, 2, 130, 128
 
 app = typer.Typer(
     name="steadyhelm",
@@ -98,7 +99,10 @@ def start(
         telemetry.configure(log_format.value, level)
         from steadyhelm import driver
 
+        again = ["steadyhelm", context.info_name or "run", str(file), *(f"--set={item}" for item in sets or ())]
+        again += [f"--address={address}"] if address else []
         options = driver.RunOptions(
+            command=shlex.join(again),
             run_id=run_id,
             new=new,
             resume_last=resume_last,
@@ -264,8 +268,10 @@ def _level(debug: bool) -> int:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that an error means."""
-    from steadyhelm.errors import ConfigError, DataError, ModelError
+    from steadyhelm.errors import ConfigError, DataError, ModelError, StoppedError
 
+    if isinstance(error, StoppedError):
+        return EXIT_SIGNAL + error.signal
     return EXIT_WRONG_INPUT if isinstance(error, ConfigError | DataError | ModelError) else EXIT_FAILED
 
 

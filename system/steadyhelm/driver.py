@@ -19,7 +19,7 @@ from steadyhelm import __version__
 from steadyhelm.config import RunFile
 from steadyhelm.config.load import diff_run_files
 from steadyhelm.data.types import CheckpointRecord, PolicyVersion, PromptId
-from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError, ResourceError, StoreError
+from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError, ResourceError, StoppedError, StoreError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.models.folder import require_model_folder
 from steadyhelm.services import PromptSource
@@ -41,7 +41,8 @@ class RunOptions:
 
     ``run_id`` names the run's folder in the store; empty takes ``<name>-<engine>`` (``<name>`` for SFT). ``new`` takes
     the first free ``<id>-<n>`` instead, ``resume_last`` the highest taken one. ``take_over`` goes on although another
-    driver seems alive. ``accept_changes`` resumes although the run file differs from the run's.
+    driver seems alive. ``accept_changes`` resumes although the run file differs from the run's. ``command`` is what
+    the user types to go on with a run, all but its id, which the driver adds.
     """
 
     run_id: str = ""
@@ -50,6 +51,7 @@ class RunOptions:
     take_over: bool = False
     accept_changes: bool = False
     address: str = ""
+    command: str = "steadyhelm run FILE"
 
 
 def default_run_id(run: RunFile) -> str:
@@ -97,7 +99,7 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
         if log is None:
             told(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
             return 0
-        return asyncio.run(Driver(run_file, base, options.address, store, layout, log, told).drive())
+        return asyncio.run(Driver(run_file, base, options, store, layout, log, told).drive())
 
 
 def take_over(run_file: RunFile, store: ObjectStore, run: str, accept_changes: bool) -> CommitLog | None:
@@ -121,7 +123,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the model folder ``model`` (None: the run file's) on the first ``pairs`` held-out pairs (0: all).
 
-    ``address`` is of a Ray cluster to join, ``tell`` takes events for the display. Raises the errors of ``run``.
+    ``address`` is of a Ray cluster to join, ``tell`` takes events for the display. Raises the errors of ``run``, and
+    StoppedError where SIGINT or SIGTERM ends it.
     """
     part = run_file.model if model is None else run_file.model.model_copy(update={"path": model, "factory": None})
     run_file = run_file.model_copy(update={"model": part})
@@ -139,8 +142,14 @@ async def _evaluate(
     from steadyhelm.runtime import build, cluster, handles
 
     layout = RunLayout("evaluation")
+    work = asyncio.current_task()
+    assert work is not None
     place = build.RunPlace(run=run_file, run_id=layout.run, attempt=0, base=str(base), store_uri=store.uri)
-    with cluster.cluster(run_file, address or run_file.runtime.address) as scratch:
+    with (
+        _cancelled_by_signals(work) as listen,
+        cluster.cluster(run_file, address or run_file.runtime.address) as scratch,
+    ):
+        listen()
         prompts = handles.PromptsHandle(run_file, tell)
         rollout = handles.RolloutHandle(run_file, tell)
         try:
@@ -165,7 +174,7 @@ class Driver:
         self,
         run_file: RunFile,
         base: Path,
-        address: str,
+        options: RunOptions,
         store: ObjectStore,
         layout: RunLayout,
         log: CommitLog,
@@ -173,7 +182,8 @@ class Driver:
     ) -> None:
         self._run = run_file
         self._base = base
-        self._address = address or run_file.runtime.address
+        self._address = options.address or run_file.runtime.address
+        self._again = f"{options.command} --id {layout.run}"
         self._store = store
         self._layout = layout
         self._log = log
@@ -216,16 +226,17 @@ class Driver:
                     self._metrics.flush()
                 raise
             self._metrics.flush()
-        if self._signal is None:
+        return self._stopped()
+
+    def _stopped(self) -> int:
+        """The exit code; where a signal ended the run before it was finished, a line on how to go on too."""
+        if self._signal is None or self._log.finished() is not None:
             return 0
-        self._tell(
-            Notice(
-                text=f"Stopped by {self._signal.name} with {self._log.last_iteration} of "
-                f"{self._run.schedule.iterations} iterations committed; the same command with "
-                f"--id {self._layout.run} goes on.",
-                level="warning",
-            )
+        text = (
+            f"Stopped by {self._signal.name} with {self._log.last_iteration} of {self._run.schedule.iterations} "
+            f"iterations committed; {self._again} goes on."
         )
+        self._tell(Notice(text=text, level="warning"))
         return 128 + self._signal
 
     async def _work(self, place: Any, session: Any) -> None:
@@ -375,6 +386,35 @@ class Driver:
         """Takes the signals; once more behind Ray's start, which puts a handler of its own in the place of ours."""
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+
+
+@contextmanager
+def _cancelled_by_signals(work: asyncio.Task[Any]) -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM cancel ``work``, which then raises StoppedError; yields what takes the signals once more.
+
+    Ray's start puts a handler of its own in the place of ours.
+    """
+    loop = asyncio.get_running_loop()
+    came: list[signal.Signals] = []
+
+    def on(number: signal.Signals) -> None:
+        came.append(number)
+        work.cancel()
+
+    def listen() -> None:
+        for number in SIGNALS:
+            loop.add_signal_handler(number, on, number)
+
+    listen()
+    try:
+        yield listen
+    except asyncio.CancelledError:
+        if not came:
+            raise
+        raise StoppedError(f"{came[0].name} stopped it; there is no result.", came[0]) from None
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 def _silent(_: Any) -> None:

@@ -17,6 +17,7 @@
         │   └── CorruptObjectError    an object's bytes do not match their checksum or format
         ├── FencedError          another attempt has taken the run over
         ├── NonFiniteError       a loss or a gradient is NaN or infinite
+        ├── StoppedError         a signal ended the command; ``signal`` says which
         ├── UnscoredError        a sample could not be scored and the run file says ``stop``
         └── ResourceError        the machine lacks a port, shared memory or a device
 
@@ -97,6 +98,19 @@ class NonFiniteError(FatalError):
 
 class UnscoredError(FatalError):
     """A sample could not be scored and the run file says ``on_unscored: stop``."""
+
+
+class StoppedError(FatalError):
+    """A signal ended the command.
+
+    Args:
+        message: what was ended.
+        signal: the signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class ResourceError(FatalError):

@@ -59,20 +59,27 @@ class Run:
     def log(self) -> LogView:
         return CommitLog.read(self.store, self.run_id)
 
-    def command(self, *more: str) -> list[str]:
-        return [sys.executable, "-m", "steadyhelm.cli", "run", "run.yaml", *more]
+    def command(self, *more: str, name: str = "run") -> list[str]:
+        return [sys.executable, "-m", "steadyhelm.cli", name, "run.yaml", *more]
 
-    def start(self, *more: str) -> None:
+    def start(self, *more: str, command: str = "run") -> None:
         if self.process is not None:
             self.process.wait(60)
         with (self.folder / "output.txt").open("a") as output:
             self.process = subprocess.Popen(
-                self.command(*more), cwd=self.folder, stdout=output, stderr=subprocess.STDOUT, text=True
+                self.command(*more, name=command),
+                cwd=self.folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
 
     def wait_for(self, holds: Callable[[LogView], bool], timeout_s: float = 300) -> None:
+        self.wait_until(lambda: holds(self.log), timeout_s)
+
+    def wait_until(self, holds: Callable[[], bool], timeout_s: float = 300) -> None:
         ends = time.monotonic() + timeout_s
-        while not holds(self.log):
+        while not holds():
             assert self.process is not None
             assert self.process.poll() is None, f"the run ended early:\n{self.text()}"
             assert time.monotonic() < ends, f"nothing after {timeout_s} s:\n{self.text()}"
@@ -87,6 +94,11 @@ class Run:
 
     def pid_of(self, title: str) -> int:
         """A process of the run whose title begins so (Ray names its workers after their actors)."""
+        pid = self.find(title)
+        assert pid is not None, f"no process {title}"
+        return pid
+
+    def find(self, title: str) -> int | None:
         assert self.process is not None
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -94,7 +106,7 @@ class Run:
                     return process.pid
             except psutil.Error:
                 continue
-        raise AssertionError(f"no process {title}")
+        return None
 
     def tree(self) -> list[psutil.Process]:
         assert self.process is not None

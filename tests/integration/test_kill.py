@@ -52,7 +52,7 @@ def test_a_signal_ends_the_run_cleanly_and_says_how_to_go_on(make_run, undisturb
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 128 + signal.SIGTERM, run.text()
     assert run.left_of(tree) == []
-    assert "--id small-transformers goes on" in run.text()
+    assert "steadyhelm run run.yaml --id small-transformers goes on" in run.text()
     checkpoint = run.log.checkpoint()
     assert checkpoint is not None
     assert checkpoint.version.iteration == run.log.last_iteration
@@ -70,3 +70,14 @@ def test_a_finished_run_says_so_and_a_changed_run_file_is_refused(undisturbed):
     assert undisturbed.finish() == 2
     assert "learner.lr: 0.001 → 0.5" in undisturbed.text()
     assert len(undisturbed.log.entries) == before
+
+
+def test_a_signal_ends_an_evaluation_with_its_exit_code_and_leaves_no_process_behind(make_run):
+    run = make_run()
+    run.start("--set", "data.eval=digits.py:eval_pairs", command="eval")
+    run.wait_until(lambda: run.find("ray::RolloutActor") is not None)
+    tree = run.tree()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 128 + signal.SIGTERM, run.text()
+    assert "SIGTERM stopped it; there is no result." in run.text()
+    assert run.left_of(tree) == []

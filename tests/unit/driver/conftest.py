@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from steadyhelm.config import RunFile
-from steadyhelm.driver import Driver, take_over
+from steadyhelm.driver import Driver, RunOptions, take_over
 from steadyhelm.loop import Services
 from steadyhelm.report import read_metrics
 from steadyhelm.store.layout import RunLayout
@@ -14,6 +14,9 @@ from steadyhelm.telemetry import Event
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeReward, FakeRollout
 from steadyhelm.testing.memory_store import MemoryStore
+
+
+PLAIN = RunOptions()
 
 
 @dataclass(kw_only=True)
@@ -61,7 +64,7 @@ def run_file() -> RunFile:
 
 @pytest.fixture
 def start(run_file: RunFile):
-    def make(store: MemoryStore, run: RunFile = run_file, **services: object) -> Attempt:
+    def make(store: MemoryStore, run: RunFile = run_file, options: RunOptions = PLAIN, **services: object) -> Attempt:
         layout, told = RunLayout("fake"), []
         log = take_over(run, store, "fake", False)
         parts = {
@@ -70,7 +73,7 @@ def start(run_file: RunFile):
             "learner": FakeLearner(store=store),
             "reward": FakeReward(store=store),
         } | services
-        driver = Driver(run, Path(), "", store, layout, log, told.append)
+        driver = Driver(run, Path(), options, store, layout, log, told.append)
         return Attempt(store=store, run=run, driver=driver, services=Services(**parts), told=told)
 
     return make

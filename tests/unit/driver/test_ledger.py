@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, PolicyVersion, PromptId, ShardRecord
-from steadyhelm.driver import Driver, settle_ledger
+from steadyhelm.driver import Driver, RunOptions, settle_ledger
 from steadyhelm.errors import FatalError
 from steadyhelm.loop import Loop, Services
 from steadyhelm.services import Served, ShardOrder
@@ -102,7 +102,7 @@ async def finish(store: MemoryStore, *batches: BatchManifest, after: int | None 
         log.commit_batch(manifest)
         if manifest.iteration == after:
             log.append("run_file", json.loads(RECORD % run.model_dump_json()) | {"after": after})
-    driver = Driver(run, Path(), "", store, RunLayout("fake"), log, lambda _: None)
+    driver = Driver(run, Path(), RunOptions(), store, RunLayout("fake"), log, lambda _: None)
     await driver._finish(services_of(store, run))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, PolicyVersion
-from steadyhelm.driver import Driver
+from steadyhelm.driver import Driver, RunOptions
 from steadyhelm.errors import StoreError
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.log import CommitLog
@@ -22,7 +22,7 @@ def driver_of(store: MemoryStore, told: list[object], keep: int) -> tuple[Driver
         }
     )
     log = CommitLog.take_over(store, "fake", "start")
-    return Driver(run, Path(), "", store, RunLayout("fake"), log, told.append), log
+    return Driver(run, Path(), RunOptions(), store, RunLayout("fake"), log, told.append), log
 
 
 def save(store: MemoryStore, log: CommitLog, iteration: int) -> None:
