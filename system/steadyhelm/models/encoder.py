@@ -49,7 +49,8 @@ class PromptEncoder:
         cache_bytes: bound on the prepared images that are kept.
 
     Raises:
-        ModelError: the folder lacks a tokenizer, a chat template, an end-of-sequence token or an image processor.
+        ModelError: the folder lacks a tokenizer, a chat template, an end-of-sequence token or an image processor, or
+            has one that cannot be used.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class PromptEncoder:
         self._frames: dict[int, tuple[int | str, ...]] = {}
         specials = sorted((token.content for token in self._special_tokens()), key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, specials)) + ")") if specials else None
+        self._frame(int(self._images is not None))  # a template that cannot be used is told of now
 
     @property
     def merge(self) -> int:
@@ -160,9 +162,15 @@ class PromptEncoder:
     def _render(self, num_images: int) -> tuple[int | str, ...]:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
         content: Any = [*parts, {"type": "text", "text": _USER_TEXT}] if self._images is not None else _USER_TEXT
-        rendered: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ModelError(
+                f"the chat template in {self._folder} cannot be rendered ({type(error).__name__}: {error}): correct it "
+                "in chat_template.jinja, or in tokenizer_config.json where there is no such file"
+            ) from error
         if rendered.count(_USER_TEXT) != 1:
             raise ModelError(
                 f"the chat template in {self._folder} prints the user's text {rendered.count(_USER_TEXT)} times: it "
@@ -189,8 +197,7 @@ class PromptEncoder:
         found = [] if self._tokenizer.eos_token_id is None else [int(self._tokenizer.eos_token_id)]
         path = self._folder / "generation_config.json"
         if path.is_file():
-            more = json.loads(path.read_text()).get("eos_token_id")
-            found += [] if more is None else [more] if isinstance(more, int) else list(more)
+            found += _end_ids(path)
         if not found:
             raise ModelError(
                 f"model folder {self._folder} names no end-of-sequence token: set eos_token in tokenizer_config.json"
@@ -205,6 +212,24 @@ class PromptEncoder:
             found |= {token for token in named if isinstance(token, int) and 0 <= token < self.vocab_size}
         self._banned = frozenset(found)
         return tuple(sorted(found))
+
+
+def _end_ids(path: Path) -> list[int]:
+    """The ``eos_token_id`` of a generation_config.json. Raises ModelError where it cannot be read."""
+    remedy = "save the model again, or remove the file where tokenizer_config.json names the end-of-sequence token"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object: {remedy}")
+    found = value.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in ids):
+        raise ModelError(
+            f"{path} has the eos_token_id {found!r}, which is neither a number nor a list of them: {remedy}"
+        )
+    return ids
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

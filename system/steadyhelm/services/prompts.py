@@ -88,7 +88,7 @@ class DatasetPrompts:
         return Served(value=self._prompt(cursor.parse_prompt_id(prompt_id).next_try))
 
     async def held_out(self, limit: int) -> Served[tuple[Prompt, ...]]:
-        """The first ``limit`` (0: all) evaluation pairs, each in both orders side by side unless ``data.eval_order`` is fixed.
+        """The first ``limit`` (0: all) evaluation pairs, each in its orders side by side (``data.eval_order``).
 
         Ids are ``"eval:<index>"`` and, swapped, ``"eval:<index>x"``. Raises ConfigError where the run file names no
         evaluation data.

@@ -101,9 +101,44 @@ def test_a_template_that_drops_the_images_is_refused(tiny_model: Path, tmp_path:
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>{% endfor %}"
     )
-    encoder = PromptEncoder(folder, min_pixels=3136, max_pixels=100352)
     with pytest.raises(ModelError, match="prints 0 image tokens for 1 images"):
-        encoder.encode("x", [picture(1, 56, 56)])
+        PromptEncoder(folder, min_pixels=3136, max_pixels=100352)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}", r"\(TemplateSyntaxError: .*endfor.*\): correct it in chat_template\.jinja"),
+        ("{{ messages[1].content }}", r"\(UndefinedError: .*\): correct it in chat_template\.jinja"),
+        ("{{ raise_exception('no images here') }}", "no images here"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("hello", "prints the user's text 0 times"),
+    ],
+)
+def test_a_template_that_fails_is_told_of_before_the_first_prompt(
+    tiny_model: Path, tmp_path: Path, template: str, message: str
+) -> None:
+    folder = copied(tiny_model, tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match=message) as raised:
+        PromptEncoder(folder, min_pixels=3136, max_pixels=100352)
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"generation_config\.json is not JSON .*: save the model again"),
+        ("[]", r"generation_config\.json holds a list, not an object"),
+        ('{"eos_token_id": "<|im_end|>"}', "neither a number nor a list"),
+        ('{"eos_token_id": [1, null]}', "neither a number nor a list"),
+    ],
+)
+def test_a_broken_generation_config_is_named(tiny_model: Path, tmp_path: Path, text: str, message: str) -> None:
+    folder = copied(tiny_model, tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        PromptEncoder(folder, min_pixels=3136, max_pixels=100352)
 
 
 def test_a_folder_without_tokenizer_or_image_processor_is_refused(tiny_model: Path, tmp_path: Path) -> None:
