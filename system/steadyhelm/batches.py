@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord, Span
-from steadyhelm.errors import FatalError, UnscoredError
+from steadyhelm.errors import DataError, FatalError, UnscoredError
 from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
 from steadyhelm.services.concurrency import together
 from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.ledger import TRAINED
 from steadyhelm.store.log import LogView
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.telemetry import phase_seconds
@@ -108,9 +109,8 @@ class BatchMaker:
             for old, new in zip(unscored, todo, strict=True):
                 outcomes[old.prompt_id] = f"replaced:{new.prompt_id}"
         spans = (*prompts.spans, *(span for entry in served for span in entry.spans))
-        manifest = self._manifest(iteration, served, outcomes, spans)
-        self._refuse_unscored(manifest)
-        return Batch(manifest=manifest, spans=spans)
+        self._refuse_untrainable(iteration, outcomes)
+        return Batch(manifest=self._manifest(iteration, served, outcomes, spans), spans=spans)
 
     def _manifest(
         self,
@@ -186,23 +186,32 @@ class BatchMaker:
     def _outcomes(self, shards: Sequence[ShardRecord], prompts: Sequence[Prompt]) -> dict[PromptId, str]:
         """What became of each prompt: trained, dropped because no shard holds it, or unscored."""
         valid = {pid: ok for shard in shards for pid, ok in zip(shard.prompt_ids, shard.valid, strict=True)}
-        named = {True: "trained", False: f"unscored:{self._run.reward.on_unscored}", None: "dropped:overlong"}
+        named = {True: TRAINED, False: f"unscored:{self._run.reward.on_unscored}", None: "dropped:overlong"}
         return {prompt.prompt_id: named[valid.get(prompt.prompt_id)] for prompt in prompts}
 
-    def _refuse_unscored(self, manifest: BatchManifest) -> None:
-        """Raises UnscoredError where the run file says ``stop``, or where nothing at all could be scored."""
-        unscored = [pid for pid, outcome in manifest.outcomes.items() if outcome.startswith("unscored")]
+    def _refuse_untrainable(self, iteration: int, outcomes: Mapping[PromptId, str]) -> None:
+        """Raises UnscoredError where the run file says ``stop``; it or DataError where nothing is left."""
+        unscored = [prompt_id for prompt_id, outcome in outcomes.items() if outcome.startswith("unscored")]
+        dropped = sum(outcome.startswith("dropped") for outcome in outcomes.values())
         if unscored and self._run.reward.on_unscored == "stop":
             raise UnscoredError(
-                f"iteration {manifest.iteration}: {len(unscored)} samples could not be scored (first: {unscored[0]}) "
+                f"iteration {iteration}: {len(unscored)} samples could not be scored (first: {unscored[0]}) "
                 "and reward.on_unscored is 'stop'; their shards' details say why. Mend the reward term, or set "
                 "'neutral' or 'resample'."
             )
-        if "trained" not in manifest.outcomes.values():
-            raise UnscoredError(
-                f"iteration {manifest.iteration}: none of {len(manifest.outcomes)} samples could be scored; "
-                "there is nothing to train on. The shards' details say why."
+        if TRAINED in outcomes.values():
+            return
+        limit = f"longer than data.max_prompt_tokens ({self._run.data.max_prompt_tokens})"
+        if dropped == len(outcomes):
+            raise DataError(
+                f"iteration {iteration}: each of its {dropped} prompts is {limit} and was dropped; there is nothing to "
+                "train on. Raise the limit, or lower data.max_pixels."
             )
+        also = f", {dropped} more are {limit} and were dropped" if dropped else ""
+        raise UnscoredError(
+            f"iteration {iteration}: none of {len(outcomes) - dropped} samples could be scored{also}; there is nothing "
+            "to train on. The shards' details say why."
+        )
 
     def _staleness(self, iteration: int, shards: Sequence[ShardRecord]) -> dict[str, float]:
         """How many policy versions the batch's tokens lag behind the one that it is trained from."""

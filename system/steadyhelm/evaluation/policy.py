@@ -8,6 +8,7 @@ from collections.abc import Callable
 from steadyhelm.config import RunFile
 from steadyhelm.config.reward import ConsistencyTerm
 from steadyhelm.data.types import Sampling, Trajectory
+from steadyhelm.errors import DataError
 from steadyhelm.evaluation.metrics import EvalResult, evaluate
 from steadyhelm.services import PromptSource, Rollout, ShardOrder
 from steadyhelm.services.concurrency import together
@@ -36,7 +37,9 @@ async def evaluate_policy(
         iteration: the policy version that must answer.
         limit: pairs to take, 0 for all.
 
-    Raises DataError where ``data.eval`` has no pairs, and the services' errors.
+    A pair of which one order is above ``data.max_prompt_tokens``, and was dropped, counts in neither.
+
+    Raises DataError where ``data.eval`` has no pairs that fit, and the services' errors.
     """
     held_out = (await prompts.held_out(limit)).value
     size = run.rollout.engine.batch
@@ -57,7 +60,15 @@ async def evaluate_policy(
         for answer in served:
             trajectories += decode_rollout(store.read(answer.value.rollout)).trajectories
         answered = {trajectory.prompt.prompt_id for trajectory in trajectories}
-        kept = [prompt for prompt in held_out if prompt.prompt_id in answered]
+        halved = {prompt.pair_id for prompt in held_out if prompt.prompt_id not in answered}
+        kept = [prompt for prompt in held_out if prompt.pair_id not in halved]
+        trajectories = [trajectory for trajectory in trajectories if trajectory.prompt.pair_id not in halved]
+        if not kept:
+            raise DataError(
+                f"each of the {len(halved)} held-out pairs is longer than data.max_prompt_tokens "
+                f"({run.data.max_prompt_tokens}) in one order at least, and was dropped: raise the limit, or lower "
+                "data.max_pixels"
+            )
         lines = next((term.lines for term in run.reward.terms if isinstance(term, ConsistencyTerm)), 0)
         return evaluate(kept, trajectories, lines=lines, orders=1 if run.data.eval_order == "fixed" else 2)
 

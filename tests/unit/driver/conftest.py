@@ -15,7 +15,6 @@ from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeReward, FakeRollout
 from steadyhelm.testing.memory_store import MemoryStore
 
-
 PLAIN = RunOptions()
 
 

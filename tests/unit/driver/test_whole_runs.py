@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
-from steadyhelm.data.types import ObjectRef, Prompt
-from steadyhelm.errors import FencedError
-from steadyhelm.services import Served
+from steadyhelm.data.types import ObjectRef, Prompt, ShardRecord
+from steadyhelm.errors import DataError, FencedError
+from steadyhelm.services import Served, ShardOrder
 from steadyhelm.store.records import from_json
-from steadyhelm.testing.fake_services import FakeLearner, FakePrompts
+from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeRollout
 from steadyhelm.testing.memory_store import InjectedCrash, MemoryStore
 
 EVERY_ID = [f"0:{n}" for n in range(16)]
@@ -107,3 +108,30 @@ async def test_a_driver_that_wakes_behind_its_successors_end_overwrites_neither_
     assert first.log.finished() is not None
     late = [key for key in store.puts[done[0] :] if not key.startswith("fake/metrics/1-")]
     assert late == []
+
+
+class Overlong(FakeRollout):
+    """Finds the prompts in ``too_long`` too long."""
+
+    too_long: tuple[str, ...] = ()
+
+    async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+        kept = tuple(prompt for prompt in order.prompts if prompt.prompt_id not in self.too_long)
+        return await super().rollout(replace(order, prompts=kept))
+
+
+async def test_a_held_out_pair_of_which_one_order_is_too_long_is_left_out(start):
+    store = MemoryStore()
+    rollout = Overlong(store=store)
+    rollout.too_long = ("eval-1/swapped", "eval-3")
+    run = start(store, rollout=rollout)
+    await run.follow()
+    assert run.exact_metrics()[0]["eval/pairs"] == 2.0
+
+
+async def test_held_out_pairs_that_are_all_too_long_name_the_limit(start):
+    store = MemoryStore()
+    rollout = Overlong(store=store)
+    rollout.too_long = tuple(f"eval-{n}" for n in range(4))
+    with pytest.raises(DataError, match=r"each of the 4 held-out pairs is longer than data\.max_prompt_tokens"):
+        await start(store, rollout=rollout).follow()

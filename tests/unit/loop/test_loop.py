@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import Prompt, PromptId, ShardRecord
-from steadyhelm.errors import FatalError, LearnerLostError, UnscoredError
+from steadyhelm.errors import DataError, FatalError, LearnerLostError, UnscoredError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.services import Served, ShardOrder
 from steadyhelm.store.layout import RunLayout
@@ -267,6 +267,33 @@ async def test_a_prompt_that_a_shard_leaves_out_is_recorded_as_dropped():
     await drive(loop)
     assert "0:5" not in services.learner.applied
     assert CommitLog.read(store, "fake").batches()[0].outcomes["0:5"] == "dropped:overlong"
+
+
+class DroppingAll(FakeRollout):
+    """Finds every prompt but those of ``kept`` too long."""
+
+    kept: tuple[str, ...] = ()
+
+    async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+        return await super().rollout(
+            replace(order, prompts=tuple(p for p in order.prompts if p.prompt_id in self.kept))
+        )
+
+
+async def test_an_iteration_whose_prompts_are_all_too_long_names_the_limit():
+    store = MemoryStore()
+    with pytest.raises(DataError, match=r"each of its 8 prompts is longer than data\.max_prompt_tokens \(2048\)"):
+        await drive(make(store, rollout=DroppingAll(store=store))[0])
+    assert CommitLog.read(store, "fake").last_iteration == 0
+
+
+async def test_an_iteration_of_which_the_rest_is_unscored_says_both():
+    store = MemoryStore()
+    rollout = DroppingAll(store=store)
+    rollout.kept = ("0:1", "0:2")
+    reward = FakeReward(store=store, unscorable={"0:1", "0:2"})
+    with pytest.raises(UnscoredError, match=r"none of 2 samples could be scored, 6 more are longer than data\.max"):
+        await drive(make(store, rollout=rollout, reward=reward)[0])
 
 
 class Grouped(FakePrompts):
