@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from steadyhelm.config.run import Data, Model, Rollout, TransformersEngine
+from steadyhelm.config.engine import TransformersEngine
+from steadyhelm.config.run import Data, Model, Rollout
 from steadyhelm.data.types import PolicyVersion, Prompt, PromptId, Sampling
 from steadyhelm.models.batch import TokenSequence, collate
 from steadyhelm.models.encoder import PromptEncoder

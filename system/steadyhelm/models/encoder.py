@@ -98,6 +98,12 @@ class PromptEncoder:
             raise DataError(f"model folder {self._folder} is text-only but a prompt has an image: use a vision model")
         return self._images.get(image)
 
+    def picture(self, image: ImageKey) -> bytes:
+        """The image as a PNG that engines need not resize, see ``ImageCache.picture``. Raises DataError."""
+        self.image(image)  # raises for a text-only model
+        assert self._images is not None
+        return self._images.picture(image)
+
     def pixels(self, images: Sequence[bytes | ImageKey]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Pixel values [patches of all images, dim] and grids [images, 3] in the order given. Raises DataError."""
         arrays = [self.image(image) for image in images]

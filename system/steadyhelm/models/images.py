@@ -110,6 +110,21 @@ class ImageCache:
                 self._num_bytes -= self._kept.popitem(last=False)[1].pixels.nbytes
         return arrays
 
+    def picture(self, image: ImageKey) -> bytes:
+        """The image as the vision tower sees it, before it is cut into patches: a PNG in RGB of the prepared size.
+
+        An engine that prepares its own images has nothing left to resize, turn or blend then, which each does in its
+        own way. Raises DataError, and what ``fetch`` raises.
+        """
+        _, rows, columns = self.get(image).grid
+        side = int(self._processor.patch_size)
+        assert self._fetch is not None
+        with Image.open(io.BytesIO(self._fetch(image))) as opened:
+            made = opened.convert("RGB").resize((columns * side, rows * side), self._processor.resample)
+        encoded = io.BytesIO()
+        made.save(encoded, "PNG", compress_level=1)
+        return encoded.getvalue()
+
     def _prepare(self, key: ImageKey, data: bytes) -> ImageArrays:
         try:
             with Image.open(io.BytesIO(data)) as opened:

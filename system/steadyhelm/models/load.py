@@ -24,7 +24,7 @@ MROPE_MODELS = ("qwen2_vl", "qwen2_5_vl")
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models that change logits behind the output layer, which ``models.logprobs`` does not do."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -76,8 +76,8 @@ def load_model(
     """
     path = Path(folder)
     config = load_config(path, trust_remote_code=trust_remote_code)
-    if dtype not in _DTYPES:
-        raise ModelError(f"model.dtype is {dtype!r}: use one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
     require_weights(path)
     disable_progress_bar()  # the run's own display shows what a service is doing
     factory = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
@@ -85,7 +85,7 @@ def load_model(
         model, info = factory.from_pretrained(
             str(path),
             config=config,
-            dtype=_DTYPES[dtype],
+            dtype=DTYPES[dtype],
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             local_files_only=True,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steadyhelm import telemetry
+from steadyhelm.config.engine import VllmEngine
 from steadyhelm.config.run import Data, Model, RunFile
 from steadyhelm.config.run import Rollout as RolloutPart
 from steadyhelm.data.types import (
@@ -25,12 +26,16 @@ from steadyhelm.data.types import (
     Trajectory,
     WeightsRecord,
 )
+from steadyhelm.engines.environment import engine_python
 from steadyhelm.errors import DataError, RetryableError
 from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.models.layout import ModelLayout
 from steadyhelm.models.load import load_model
 from steadyhelm.services import RolloutEngine, Served, ShardOrder
+from steadyhelm.services.rollout.served import ServedEngine, ServerSpec
 from steadyhelm.services.rollout.shards import adopt_shard, put_shard
 from steadyhelm.services.rollout.transformers import TransformersEngine
+from steadyhelm.services.rollout.vllm import VllmDialect, vllm_plan
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.images import get_image
 from steadyhelm.telemetry import metrics as names
@@ -84,8 +89,10 @@ def make_encoder(folder: str, model: Model, data: Data, store: ObjectStore) -> P
 
 
 def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -> RolloutEngine:
-    """The engine that the run file names. Raises ModelError."""
-    match spec.rollout.engine.type:
+    """The engine that the run file names. Raises ModelError, ConfigError, EngineLostError, DeadlineError."""
+    fetch = StoreWeights(store).fetch
+    engine = spec.rollout.engine
+    match engine.type:
         case "transformers":
             model = load_model(
                 spec.folder,
@@ -93,13 +100,35 @@ def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -
                 trust_remote_code=spec.model.trust_remote_code,
                 device=spec.device,
             )
-            return TransformersEngine(
-                model,
-                encoder,
-                batch=spec.rollout.engine.batch,
+            return TransformersEngine(model, encoder, batch=engine.batch, version=spec.version, fetch=fetch)
+        case "vllm":
+            return ServedEngine.start(
+                vllm_plan(_server_spec(spec, engine, encoder)),
+                dialect=VllmDialect(),
+                encoder=encoder,
+                layout=ModelLayout(spec.folder, dtype=spec.model.dtype, trust_remote_code=spec.model.trust_remote_code),
                 version=spec.version,
-                fetch=StoreWeights(store).fetch,
+                fetch=fetch,
+                deadline_s=spec.rollout.deadline_s,
+                start_deadline_s=engine.start_deadline_s,
             )
+
+
+def _server_spec(spec: RolloutSpec, engine: VllmEngine, encoder: PromptEncoder) -> ServerSpec:
+    """What the run file's engine server is started with. Raises ConfigError where its environment is missing."""
+    return ServerSpec(
+        python=engine_python(engine.type, engine.python),
+        folder=spec.folder,
+        dtype=spec.model.dtype,
+        device=spec.device,
+        max_tokens=spec.data.max_prompt_tokens + spec.rollout.max_new_tokens,
+        min_pixels=spec.data.min_pixels,
+        max_pixels=spec.data.max_pixels,
+        sees_images=encoder.image_id is not None,
+        trust_remote_code=spec.model.trust_remote_code,
+        args=engine.args,
+        environment=engine.environment,
+    )
 
 
 class RolloutWorker:

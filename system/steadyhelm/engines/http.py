@@ -1,0 +1,157 @@
+"""HTTP to one engine server, with our errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import aiohttp
+
+from steadyhelm.errors import DataError, DeadlineError, EngineLostError, RetryableError
+
+HEALTH = "/health"
+CONNECT_S = 5.0
+HEALTH_S = 5.0
+WATCH_S = 1.0
+"""Seconds between two looks at a server: how late its end is noticed where nothing is asked of it."""
+KEEP_ALIVE_S = 2.0
+"""Shorter than the servers' own 5 s, so that no request goes into a connection that the server is closing."""
+SHOWN_CHARACTERS = 600
+
+
+class EngineServer:
+    """One engine server, by its URL.
+
+    Args:
+        url: ``http://host:port``.
+        key: bearer token; empty for none.
+        ended: resolves with the end of the server's log where its process ended; None for a server of somebody else.
+        on_lost: called once, with the error that every call raises from then on.
+    """
+
+    def __init__(
+        self, url: str, *, key: str, ended: Future[str] | None, on_lost: Callable[[EngineLostError], None]
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._key = key
+        self._ended = ended
+        self._on_lost = on_lost
+        self._lost: EngineLostError | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def lost(self) -> EngineLostError | None:
+        """Why the server is of no use any more; None while it is."""
+        return self._lost
+
+    def lose(self, why: str) -> EngineLostError:
+        """Gives the server up; returns the error that says so."""
+        if self._lost is None:
+            self._lost = EngineLostError(f"The engine server at {self.url} is lost: {why}")
+            self._on_lost(self._lost)
+        return self._lost
+
+    async def get(self, path: str, *, deadline_s: float = HEALTH_S) -> Any:
+        """The JSON answer to a GET; see ``post`` for the errors."""
+        return await self._call("GET", path, None, deadline_s)
+
+    async def post(self, path: str, body: Mapping[str, Any] | None = None, *, deadline_s: float) -> Any:
+        """The JSON answer (None where it is no JSON) to a POST; cancelled, it closes the connection.
+
+        Raises:
+            DataError: the server refuses the request (status 4xx).
+            DeadlineError: no answer within ``deadline_s``.
+            EngineLostError: the server is gone.
+            RetryableError: the connection broke or the server failed (status 5xx), but it serves.
+        """
+        return await self._call("POST", path, body, deadline_s)
+
+    async def health(self) -> None:
+        """Returns where the server answers that it serves. Raises EngineLostError."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            await self.get(HEALTH)
+        except EngineLostError:
+            raise
+        except (RetryableError, DataError) as error:
+            raise EngineLostError(f"The engine server at {self.url} does not answer: {error}") from error
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _call(
+        self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None, deadline_s: float
+    ) -> Any:
+        if self._lost is not None:
+            raise self._lost
+        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
+        try:
+            async with self._open().request(method, self.url + path, json=body, timeout=timeout) as answer:
+                if answer.status == 200:
+                    return await answer.json(content_type=None) if answer.content_length != 0 else None
+                text = (await answer.text())[:SHOWN_CHARACTERS]
+        except TimeoutError as error:
+            raise DeadlineError(f"No answer from {self.url}{path} within its deadline of {deadline_s:g} s.") from error
+        except aiohttp.ClientError as error:
+            if await self._is_gone():
+                raise self.lose(f"it does not answer ({error})") from error
+            raise RetryableError(f"The connection to {self.url}{path} broke ({error}): asked again") from error
+        if answer.status >= 500:
+            why = f"{path} failed with status {answer.status}: {text}"
+            if path == HEALTH or not await self._serves():
+                raise self.lose(why)
+            raise RetryableError(f"The engine server at {self.url} serves, but {why}: asked again", delay_s=0.5)
+        raise DataError(f"The engine server at {self.url} refuses a request to {path} ({answer.status}): {text}")
+
+    def _open(self) -> aiohttp.ClientSession:
+        """The connections; the first call makes them and begins to watch."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            )
+            self._watcher = asyncio.create_task(self._watch(), name=f"watch of {self.url}")
+        return self._session
+
+    async def _watch(self) -> None:
+        """Loses the server within ``WATCH_S`` of its end; one that is merely slow to answer stays."""
+        while self._lost is None:
+            if self._ended is None:
+                await asyncio.sleep(WATCH_S)
+                if await self._is_gone():
+                    self.lose("it no longer listens")
+            else:
+                tail = await asyncio.shield(asyncio.wrap_future(self._ended))
+                self.lose(f"its process ended; the end of its log:\n{tail}")
+
+    async def _serves(self) -> bool:
+        try:
+            await self.health()
+        except EngineLostError:
+            return False
+        return True
+
+    async def _is_gone(self) -> bool:
+        """Whether nobody listens at the server's address, or its process has ended."""
+        if self._ended is not None:
+            done, _ = await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=WATCH_S)
+            return bool(done)
+        host, _, port = self.url.rpartition("//")[2].partition(":")
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, writer = await asyncio.open_connection(host, int(port or 80))
+        except OSError:
+            return True
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        return False

@@ -1,0 +1,143 @@
+"""vLLM: how its server is started and spoken to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steadyhelm.data.types import FinishReason, PolicyVersion
+from steadyhelm.engines.http import EngineServer
+from steadyhelm.engines.process import HOST, Launch, Plan
+from steadyhelm.errors import CorruptObjectError, DeadlineError, EngineLostError
+from steadyhelm.services.rollout.served import Answer, Ask, ServerSpec
+
+CONTROL_S = 60.0
+"""Longest time for a call that pauses, resumes or names."""
+STAGE_S = 600.0
+"""Longest time for the server to read new weights, and to load them."""
+STAGE_POLL_S = 0.01
+EXCLUDED = -1.0e30
+"""Logit bias of tokens that are not sampled: exp of it is 0 in every float type, and JSON has no −∞."""
+_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+def vllm_plan(spec: ServerSpec) -> Plan:
+    """How vLLM's server is started for ``spec``."""
+
+    def plan(port: int, key: str) -> Launch:
+        limits = {"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels}
+        options: dict[str, str] = {
+            "--model": spec.folder,
+            "--served-model-name": key,
+            "--host": HOST,
+            "--port": str(port),
+            "--dtype": spec.dtype,
+            "--max-model-len": str(spec.max_tokens),
+            "--generation-config": "vllm",  # not the folder's: it may bring top_k and penalties
+            "--logprobs-mode": "processed_logprobs",  # of the distribution that is sampled
+            "--worker-extension-cls": "steadyhelm_vllm.WeightSwap",
+        }
+        if spec.sees_images:
+            options["--mm-processor-kwargs"] = json.dumps({"size": limits})
+        pairs = [part for option in options.items() for part in option]
+        flags = ["--enable-scale-out", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
+        flags += ["--trust-remote-code"] * spec.trust_remote_code
+        flags += ["--enforce-eager"] * (spec.device == "cpu")
+        return Launch(
+            command=(spec.python, "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags, *spec.args),
+            environment={
+                **_ENVIRONMENT,
+                **(_CPU if spec.device == "cpu" else {}),
+                "VLLM_API_KEY": key,
+                **spec.environment,
+            },
+            port=port,
+            key=key,
+            ready="/v1/models",
+        )
+
+    return plan
+
+
+_ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_SERVER_DEV_MODE": "1",  # pause, resume, weight versions; on the loopback address only
+    "VLLM_HOST_IP": HOST,
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+_CPU: Mapping[str, str] = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",  # else the first request waits half a minute for a compiler
+}
+
+
+class VllmDialect:
+    """A ``Dialect`` over ``/inference/v1/generate`` and the routes for reinforcement learning."""
+
+    async def name_weights(self, server: EngineServer, version: PolicyVersion) -> None:
+        """See ``Dialect``."""
+        await server.post("/update_weight_version", {"new_version": str(version)}, deadline_s=CONTROL_S)
+
+    async def complete(self, server: EngineServer, ask: Ask, deadline_s: float) -> Answer:
+        """See ``Dialect``."""
+        sampling = {
+            "max_tokens": ask.sampling.max_new_tokens,
+            "temperature": 0.0 if ask.sampling.greedy else ask.sampling.temperature,
+            "seed": ask.seed,
+            "logprobs": 0,  # of the sampled token alone
+            "stop_token_ids": ask.eos_ids,
+            "ignore_eos": True,  # the ids above are the run's own
+            "logit_bias": {str(token): EXCLUDED for token in ask.banned_ids},
+            "detokenize": False,
+        }
+        body: dict[str, Any] = {"token_ids": ask.tokens, "sampling_params": sampling}
+        if ask.images:
+            body["content_parts"] = [{"type": "image_url", "url": url, "uuid": key} for key, url in ask.images]
+        found = await server.post("/inference/v1/generate", body, deadline_s=deadline_s)
+        choice = found["choices"][0]
+        return Answer(
+            tokens=choice["token_ids"] or [],
+            logprobs=[item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
+            spans=tuple((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
+            finish=_FINISH.get(choice["finish_reason"], FinishReason.ABORT),
+            prompt_length=found["usage"]["prompt_tokens"],
+        )
+
+    async def stage(self, server: EngineServer, file: Path, digest: str) -> None:
+        """See ``Dialect``."""
+        end = time.monotonic() + STAGE_S
+        answers = await self._on_workers(server, "steadyhelm_stage", str(file), digest)
+        while any(answer["state"] == "loading" for answer in answers):
+            if time.monotonic() > end:
+                raise DeadlineError(f"The engine server did not read weights {file.name} within {STAGE_S:g} s.")
+            await asyncio.sleep(STAGE_POLL_S)
+            answers = await self._on_workers(server, "steadyhelm_staged")
+        for answer in answers:
+            if (answer["state"], answer["digest"]) != ("ready", digest):
+                raise CorruptObjectError(f"the engine server cannot take weights {file.name}: {answer['error']}")
+
+    async def swap(self, server: EngineServer, file: Path, digest: str, version: PolicyVersion, *, abort: bool) -> None:
+        """See ``Dialect``."""
+        mode = "abort" if abort else "keep"
+        await server.post(f"/pause?mode={mode}&clear_cache=false", deadline_s=CONTROL_S)
+        for answer in await self._on_workers(server, "steadyhelm_swap", digest):
+            if (answer["state"], answer["digest"]) != ("swapped", digest):
+                raise EngineLostError(f"the workers answered {answer}")
+        await server.post("/update_weight_version", {"new_version": str(version)}, deadline_s=CONTROL_S)
+        # Requests in flight give up their keys and values too: the reset fails while anybody holds some.
+        found = await server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S)
+        if not found["success"]:
+            raise EngineLostError("the cache of keys and values still has some of the old weights")
+        await server.post("/reset_encoder_cache", deadline_s=CONTROL_S)
+        await server.post("/resume", deadline_s=CONTROL_S)
+
+    async def _on_workers(self, server: EngineServer, method: str, *args: str) -> list[dict[str, str]]:
+        """The answers of all workers to a method of the plug-in."""
+        found = await server.post("/collective_rpc", {"method": method, "args": args}, deadline_s=STAGE_S)
+        answers: list[dict[str, str]] = found["results"]
+        return answers
