@@ -107,6 +107,8 @@ def _divergence(objective: PolicyGradient, logprobs: Tensor, reference: Tensor |
 def scores(objective: PolicyGradient, rewards: Tensor, group_ids: Tensor, valid: Tensor) -> Tensor:
     """What each sequence's reward counts: the clamped reward, or its advantage within its group.
 
+    A reward that is not finite stays what it is, so that ``token_advantages`` finds it.
+
     Args:
         objective: the run file's ``algorithm``.
         rewards: R [N] of the whole batch, or of whole groups; NaN where not valid.
@@ -126,7 +128,8 @@ def scores(objective: PolicyGradient, rewards: Tensor, group_ids: Tensor, valid:
             return rloo(rewards, group_ids, valid)
         case StableReinforce() | ReinforcePP():
             bound = objective.reward_clip
-            return torch.where(valid, rewards.double(), 0.0).clamp(-bound, bound)
+            counted = torch.where(valid, rewards.double(), 0.0)
+            return torch.where(counted.isfinite(), counted.clamp(-bound, bound), counted)
 
 
 def token_advantages(

@@ -326,6 +326,16 @@ def test_a_scored_reward_that_is_not_finite_stops_every_rank(on_ranks):
     assert on_ranks(2, work) == [True, True]
 
 
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("objective", [StableReinforce(), ReinforcePP(), Grpo(), DrGrpo(), Rloo()])
+def test_a_reward_that_is_not_finite_is_not_clamped_into_one_that_is(objective, value):
+    batch = case(seed=1)
+    rewards = batch.rewards.clone()
+    rewards[batch.valid.nonzero()[0, 0]] = value
+    with pytest.raises(NonFiniteError, match="not finite"):
+        advantages(objective, replace(batch, rewards=rewards))
+
+
 def test_a_batch_with_nothing_valid_has_advantages_of_zero():
     batch = replace(case(seed=2), valid=torch.zeros(8, dtype=torch.bool))
     for objective in OBJECTIVES.values():
