@@ -14,7 +14,7 @@ class WeightSync(Protocol):
     """Moves versions of a set of named tensors.
 
     ``publish`` may store the difference to a version that it published before; the record then has that version as
-    its ``base``, and ``fetch`` needs the base's tensors to apply it to.
+    its ``base``, and ``fetch`` finds the way from whatever it fetched before, or from nothing.
     """
 
     def publish(
@@ -30,8 +30,8 @@ class WeightSync(Protocol):
         """
         ...
 
-    def fetch(self, record: WeightsRecord, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of ``record``, verified against its checksum, on the CPU and in memory of their own.
+    def fetch(self, record: WeightsRecord) -> Mapping[str, torch.Tensor]:
+        """The tensors of ``record``, verified against its checksum, on the CPU and unchanged until the next call.
 
         Raises ObjectMissingError, CorruptObjectError.
         """

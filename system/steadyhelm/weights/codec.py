@@ -28,16 +28,19 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements in row-major order as bytes; shares memory with a contiguous CPU tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not tensor.numel():
+        return memoryview(b"")
+    whole = tensor.detach().cpu().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # of a single element contiguous() may leave any stride
     array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return array.data if flat.numel() else memoryview(b"")
+    return array.data
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
@@ -89,7 +92,7 @@ def decode(buffer: memoryview | bytes, place: str) -> tuple[dict[str, torch.Tens
 def _tensor(entry: Mapping[str, Any], body: memoryview) -> torch.Tensor:
     first, last = entry["data_offsets"]
     shape: Sequence[int] = entry["shape"]
-    tensor = torch.empty(shape, dtype=_DTYPES[entry["dtype"]])
+    tensor = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
     if not 0 <= first <= last <= body.nbytes or last - first != math.prod(shape) * tensor.element_size():
         raise ValueError(f"offsets {first} to {last} do not fit shape {list(shape)}")
     if tensor.numel():

@@ -1,30 +1,120 @@
-"""Weights through the object store: a full safetensors anchor per version."""
+"""Weights through the object store: a full safetensors anchor now and then, lossless deltas in between.
+
+::
+
+    version    0        1       2    …    20        21
+    object     anchor ← delta ← delta …   anchor  ← delta          ← is: applies to
+
+Whoever has a version follows the arrows back to it from the one it is to take; whoever has none, or whose tensors turn
+out to be others than it thought, follows them to an anchor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from typing import TypeVar
 
 import torch
 
-from steadyhelm.data.types import PolicyVersion, WeightsRecord
+from steadyhelm.data.types import ObjectRef, PolicyVersion, WeightsRecord
 from steadyhelm.errors import CorruptObjectError
 from steadyhelm.store import ObjectStore
-from steadyhelm.weights.checksum import set_checksum
-from steadyhelm.weights.codec import decode, encode
+from steadyhelm.store.records import from_json, to_json
+from steadyhelm.weights import blocks, codec
+from steadyhelm.weights.blocks import Models
+from steadyhelm.weights.checksum import combined, digest, in_threads
+from steadyhelm.weights.delta import Delta, check_parts
+from steadyhelm.weights.entropy import ChangeModel
+from steadyhelm.weights.layout import Block, Layout, flat_words
+
+T = TypeVar("T")
 
 MAX_OBJECT_BYTES = 1 << 30
 """Largest anchor object; a tensor above it gets an object of its own."""
+READERS = 8
+"""Objects that are read at a time."""
+
+ANCHOR_EVERY = 20
+"""Versions from one anchor to the next."""
+
+Exchange = Callable[[Callable[[], str]], list[str]]
+"""Runs some work on every rank and answers with all ranks' texts in order; where it fails on one, all raise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of a set that one of ``count`` publishing ranks puts: the ``index``-th range of the layout's blocks.
+
+    All ranks call ``publish`` together, each with the tensors in ``names``, and get the same record.
+    """
+
+    layout: Layout
+    index: int = 0
+    count: int = 1
+    exchange: Exchange = field(default=lambda work: [work()])
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of this part."""
+        mine = self.layout.part(self.index, self.count)
+        return self.layout.blocks[mine.start : mine.stop]
+
+    @cached_property
+    def anchored(self) -> frozenset[str]:
+        """The tensors that this part's anchors hold: whose first element is in its blocks. Empty ones are rank 0's."""
+        begun = {segment.name for block in self.blocks for segment in block.segments if segment.start == 0}
+        return frozenset(begun | {spec.name for spec in self.layout.specs if not self.index and 0 in spec.shape})
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The tensors that this part's publisher needs."""
+        return self.anchored | {segment.name for block in self.blocks for segment in block.segments}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """A version, and a copy of its tensors that nobody else writes to; ``deltas`` is its distance from an anchor."""
+
+    record: WeightsRecord
+    layout: Layout
+    tensors: dict[str, torch.Tensor]
+    deltas: int = 0
 
 
 class StoreWeights:
-    """Publishes and fetches anchors in an object store.
+    """Publishes versions as anchors and deltas in an object store, and fetches them.
 
-    The anchor's objects are ``<key>/anchor-<n>.safetensors``, tensors in sorted order of name.
+    Objects are ``<key>/anchor-<part>-<n>.safetensors``, tensors in sorted order of name, or ``<key>/delta-<part>``. To
+    code the next delta, publisher and reader each keep a copy of the tensors in memory. One call at a time.
+
+    Args:
+        store: where objects are put and read.
+        anchor_every: versions from one anchor to the next; 1 makes no deltas, and the publisher keeps no copy.
+        threads: blocks that are worked on at a time.
+        share: this publisher's part; None for all of whatever is published.
+        max_object_bytes: largest anchor object.
     """
 
-    def __init__(self, store: ObjectStore, *, max_object_bytes: int = MAX_OBJECT_BYTES) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        *,
+        anchor_every: int = ANCHOR_EVERY,
+        threads: int = 1,
+        share: Share | None = None,
+        max_object_bytes: int = MAX_OBJECT_BYTES,
+    ) -> None:
         self._store = store
+        self._anchor_every = anchor_every
+        self._threads = threads
+        self._share = share
         self._max_object_bytes = max_object_bytes
+        self._published: _Held | None = None
+        self._held: _Held | None = None
 
     def publish(
         self,
@@ -33,37 +123,167 @@ class StoreWeights:
         tensors: Mapping[str, torch.Tensor],
         known: WeightsRecord | None = None,
     ) -> WeightsRecord:
-        """Puts ``tensors`` under the prefix ``key``, unless they are those of ``known``. Raises StoreError."""
-        checksum = set_checksum(tensors)
+        """Puts ``tensors`` under the prefix ``key``, unless they are those of ``known``.
+
+        A delta is to the version that this publisher put last, in the same attempt. After an error, a start and
+        ``known`` weights there is none that it can vouch for: the next is an anchor.
+
+        Raises:
+            StoreError: an object could not be put.
+        """
+        share = self._share or Share(layout=Layout.of(tensors))
+        base, self._published = self._published, None
+        if base is not None and not self._continues(base, version, share.layout):
+            base = None
+        coding = _Coding(share, base, {name: tensors[name] for name in share.names}, self._threads)
+        digests = "".join(share.exchange(coding.run))
+        checksum = combined(share.layout, bytes.fromhex(digests))
         if known is not None and known.checksum == checksum:
             return known
-        objects = tuple(
-            self._store.put(f"{key}/anchor-{number:04d}.safetensors", encode(part))
-            for number, part in enumerate(_parts(tensors, self._max_object_bytes))
+        told = share.exchange(lambda: self._put(key, coding, version, checksum))
+        refs = chain.from_iterable(json.loads(text) for text in told)
+        record = WeightsRecord(
+            version=version,
+            objects=tuple(from_json(ObjectRef, ref, "a rank's objects") for ref in refs),
+            checksum=checksum,
+            base=base.record.version if base else None,
         )
-        return WeightsRecord(version=version, objects=objects, checksum=checksum)
+        if self._anchor_every > 1:
+            self._published = coding.result(record)
+        return record
 
-    def fetch(self, record: WeightsRecord, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of an anchor, verified, on the CPU and in memory of their own.
+    def fetch(self, record: WeightsRecord) -> Mapping[str, torch.Tensor]:
+        """The tensors of ``record``, verified as a whole against its checksum.
 
-        Raises ObjectMissingError and CorruptObjectError; the latter for a record that is no anchor too.
+        They are on the CPU, this object's own, and as they are until the next call. Where deltas lead from the version
+        fetched before to this one, only those are read.
+
+        Raises:
+            ObjectMissingError, CorruptObjectError: neither from there nor from an anchor is there a way to ``record``.
         """
-        if record.base is not None:
-            raise CorruptObjectError(
-                f"weights {record.version} are a delta to {record.base}, which this reader cannot apply: "
-                "fetch them with the publisher's own kind of weight sync"
+        start, steps = self._way(record, self._held.record if self._held else None)
+        held, self._held = self._held, None
+        if held is not None and start == held.record:
+            try:
+                self._held = self._follow(held, steps, record)
+                return dict(self._held.tensors)
+            except CorruptObjectError:  # our copy is not what it was: an anchor knows better
+                start, steps = self._way(record, None)
+        self._held = self._follow(self._anchor(start), steps, record)
+        return dict(self._held.tensors)
+
+    def _continues(self, base: _Held, version: PolicyVersion, layout: Layout) -> bool:
+        """Whether the next version may be a delta to ``base``."""
+        last = base.record.version
+        follows = last.attempt == version.attempt and last.iteration < version.iteration
+        return follows and base.layout.checksum == layout.checksum and base.deltas + 1 < self._anchor_every
+
+    def _put(self, key: str, coding: _Coding, version: PolicyVersion, checksum: str) -> str:
+        """Puts this rank's objects and returns their references as a JSON list."""
+        share, base = coding.share, coding.base
+        if base is not None:
+            delta = Delta(
+                version=version,
+                checksum=checksum,
+                layout=share.layout.checksum,
+                base=base.record,
+                part=share.index,
+                parts=share.count,
+                models=coding.models,
+                codes=tuple(coding.codes),
             )
+            refs = [self._store.put(f"{key}/delta-{share.index:04d}", delta.to_bytes())]
+        else:
+            whole = {name: coding.tensors[name] for name in share.anchored}
+            refs = [
+                self._store.put(f"{key}/anchor-{share.index:04d}-{number:04d}.safetensors", codec.encode(part))
+                for number, part in enumerate(_parts(whole, self._max_object_bytes))
+            ]
+        return json.dumps([to_json(ref) for ref in refs])
+
+    def _way(
+        self, record: WeightsRecord, known: WeightsRecord | None
+    ) -> tuple[WeightsRecord, list[tuple[WeightsRecord, list[Delta]]]]:
+        """The deltas to ``record``, first to last, and what the first applies to: ``known``, or else an anchor."""
+        steps = []
+        while record.base is not None and record != known:
+            deltas = self._read(record.objects, Delta.from_bytes)
+            steps.append((record, deltas))
+            record = check_parts(deltas, record)
+        return record, steps[::-1]
+
+    def _read(self, refs: Sequence[ObjectRef], make: Callable[[memoryview, str], T]) -> list[T]:
+        """What ``make`` makes of each object, verified, several read at a time."""
+        return in_threads(lambda ref: make(self._store.read(ref), ref.key), refs, min(READERS, len(refs)) or 1)
+
+    def _anchor(self, record: WeightsRecord) -> _Held:
+        """An anchor's tensors, unverified as a set."""
         tensors: dict[str, torch.Tensor] = {}
-        for ref in record.objects:
-            part, _ = decode(self._store.read(ref), ref.key)
+        for part, _ in self._read(record.objects, codec.decode):
             tensors.update(part)
-        found = set_checksum(tensors)
+        return _Held(record=record, layout=Layout.of(tensors), tensors=tensors)
+
+    def _follow(self, held: _Held, steps: Sequence[tuple[WeightsRecord, list[Delta]]], record: WeightsRecord) -> _Held:
+        """Takes ``held``, which is void afterwards, along ``steps`` to ``record``. Raises CorruptObjectError."""
+        layout = held.layout
+        flat = {name: flat_words(tensor) for name, tensor in held.tensors.items()}
+        for to, deltas in steps:
+            work = [code for delta in deltas for code in _coded_blocks(delta, layout, to)]
+            in_threads(lambda arguments: blocks.decode(flat, *arguments), work, self._threads)
+        found = combined(layout, b"".join(in_threads(lambda b: digest(b.views(flat)), layout.blocks, self._threads)))
         if found != record.checksum:
             raise CorruptObjectError(
-                f"weights {record.version} have checksum {found}, but their record says {record.checksum}: "
-                "take another version"
+                f"weights {record.version} have checksum {found}, but their record says {record.checksum}: take "
+                "another version"
             )
-        return tensors
+        return _Held(record=record, layout=layout, tensors=held.tensors)
+
+
+class _Coding:
+    """One rank's part of a publication: digests of its blocks and, where there is a base, their codes."""
+
+    def __init__(self, share: Share, base: _Held | None, tensors: dict[str, torch.Tensor], threads: int) -> None:
+        self.share = share
+        self.base = base
+        self.tensors = tensors
+        self.models: dict[torch.dtype, ChangeModel] = {}
+        self.codes: list[bytes] = []
+        self._threads = threads
+
+    def run(self) -> str:
+        """Digests in hex, one behind the other. The base's tensors become the new ones."""
+        mine = self.share.blocks
+        flat = {name: flat_words(tensor) for name, tensor in self.tensors.items()}
+        if self.base is None:
+            return b"".join(in_threads(lambda block: digest(block.views(flat)), mine, self._threads)).hex()
+        old = {name: flat_words(tensor) for name, tensor in self.base.tensors.items()}
+        models = self.models = blocks.models_of(mine, old, flat)
+
+        def code(block: Block) -> tuple[bytes, bytes]:
+            return blocks.encode(block, old, flat, models), digest(block.views(flat))
+
+        done = in_threads(code, mine, self._threads)
+        self.codes = [found for found, _ in done]
+        return b"".join(found for _, found in done).hex()
+
+    def result(self, record: WeightsRecord) -> _Held:
+        """What was published, in memory of its own: the former base, brought up to date, or a copy."""
+        if self.base is not None:
+            return replace(self.base, record=record, deltas=self.base.deltas + 1)
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()}
+        return _Held(record=record, layout=self.share.layout, tensors=copies)
+
+
+def _coded_blocks(
+    delta: Delta, layout: Layout, record: WeightsRecord
+) -> Iterator[tuple[Block, memoryview, Models, str]]:
+    """The further arguments of ``blocks.decode`` for a part's blocks. Raises CorruptObjectError for another set."""
+    place = f"part {delta.part} of the delta to weights {record.version}"
+    mine = layout.part(delta.part, delta.parts)
+    if delta.layout != layout.checksum or len(delta.codes) != len(mine):
+        raise CorruptObjectError(f"{place} is for another set of tensors: take another version")
+    for index, code in zip(mine, delta.codes, strict=True):
+        yield layout.blocks[index], memoryview(code), delta.models, place
 
 
 def _parts(tensors: Mapping[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -31,7 +31,7 @@ BURST_S = 0.05
 """Seconds of decode steps between two visits to the event loop: how late a completion is yielded at most."""
 
 WeightsFetch = Callable[[WeightsRecord], Mapping[str, torch.Tensor]]
-"""Reads and verifies a version's tensors; raises CorruptObjectError."""
+"""Reads and verifies a version's tensors, which stay as they are until the next call; raises CorruptObjectError."""
 
 
 class TransformersEngine:
@@ -61,6 +61,7 @@ class TransformersEngine:
         self._fetch = fetch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._turn = asyncio.Lock()
+        self._taking = asyncio.Lock()
         self._swaps_waiting = 0
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -108,14 +109,15 @@ class TransformersEngine:
             CorruptObjectError: an object or the set does not match its checksum.
             ModelError: names, shapes or types are not this model's.
         """
-        if weights.version == self._version:
-            return
-        tensors = await asyncio.to_thread(self._fetch, weights)
-        self._swaps_waiting += 1
-        try:
-            await self._on_thread(partial(self._swap, tensors, weights.version))
-        finally:
-            self._swaps_waiting -= 1
+        async with self._taking:
+            if weights.version == self._version:
+                return
+            tensors = await asyncio.to_thread(self._fetch, weights)
+            self._swaps_waiting += 1
+            try:
+                await self._on_thread(partial(self._swap, tensors, weights.version))
+            finally:
+                self._swaps_waiting -= 1
 
     async def health(self) -> None:
         """Returns where the engine can serve. Raises EngineLostError."""
