@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -14,7 +15,7 @@ from steadyhelm.errors import DataError, FatalError, UnscoredError
 from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
 from steadyhelm.services.concurrency import together
 from steadyhelm.store.layout import RunLayout
-from steadyhelm.store.ledger import TRAINED
+from steadyhelm.store.ledger import OUTCOMES, TRAINED
 from steadyhelm.store.log import LogView
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.telemetry import phase_seconds
@@ -130,8 +131,8 @@ class BatchMaker:
         generating = phase_seconds(spans).get(names.seconds("rollout.generate"), 0.0)
         if generating:
             metrics[names.ROLLOUT_TOKENS_PER_S] = metrics[names.ROLLOUT_TOKENS] / generating
-        for name, outcome in ((names.UNSCORED, "unscored"), (names.DROPPED, "dropped"), (names.REPLACED, "replaced")):
-            metrics[name] = float(sum(value.startswith(outcome) for value in outcomes.values()))
+        ends = Counter(outcome.partition(":")[0] for outcome in outcomes.values())
+        metrics |= {names.outcome(kind): float(ends[kind]) for kind in sorted(OUTCOMES)}
         policy = self._policy(iteration, shards)
         return BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes, metrics=metrics)
 

@@ -174,13 +174,19 @@ def schema() -> None:
 def report(
     run: RunPlace,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: report/report.html of RUN.")] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Print RUN's metrics instead, a JSON object for each iteration.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Builds a run's report.html again from what its store holds."""
-    from steadyhelm.report import gather, render_report, write_report
+    from steadyhelm.report import gather, metrics_jsonl, render_report, write_report
     from steadyhelm.store import open_run
 
     store, name = open_run(run)
+    if metrics:
+        typer.echo(metrics_jsonl(store, name), nl=False)
+        return
     if output is None:
         typer.echo(f"wrote {write_report(store, name)} in {store.uri}")
         return

@@ -30,6 +30,7 @@ from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog, Entry, LogView
 from steadyhelm.store.probe import require_one_winner
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
+from steadyhelm.telemetry.metrics import REPLAYED, RESTARTS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What ends a run on purpose."""
@@ -190,6 +191,8 @@ class Driver:
         self._tell = tell
         self._metrics = metrics_log.MetricsLog(store.put, layout.metrics_prefix, log.attempt)
         self._retained: CheckpointRecord | None = None
+        self._pools: list[Any] = []
+        self._replayed = 0
         self._signal: signal.Signals | None = None
         self._loop: Loop | None = None
         self._on_signal: Callable[[signal.Signals], None] = _silent
@@ -272,6 +275,7 @@ class Driver:
         reference = handles.ReferenceHandle(run, tell) if run.uses_reference else None
         built = (prompts, build.prompts), (rollout, build.rollout), (reward, build.reward), (reference, build.reference)
         pools = [(handle.pool, factory) for handle, factory in built if handle is not None]
+        self._pools = [pool for pool, _ in pools]
         try:
             learner.launch()
             for pool, _ in pools:
@@ -288,12 +292,18 @@ class Driver:
     async def _note(self, report: IterationReport, services: Services) -> None:
         """Logs and shows an iteration; evaluates the policy where that is due."""
         if report.metrics:
-            self._metrics.append(report.iteration, report.metrics, replayed=report.replayed)
-            self._tell(IterationDone(iteration=report.iteration, metrics=report.metrics, replayed=report.replayed))
+            self._replayed += report.replayed
+            found = {**report.metrics, REPLAYED: float(self._replayed), RESTARTS: float(self._restarts())}
+            self._metrics.append(report.iteration, found, replayed=report.replayed)
+            self._tell(IterationDone(iteration=report.iteration, metrics=found, replayed=report.replayed))
         if report.served and self._signal is None:
             await self._evaluate(report.version, services)
             await asyncio.to_thread(self._metrics.flush)  # before the loop may checkpoint this iteration
         await self._retain()
+
+    def _restarts(self) -> int:
+        lost = self._loop.restarts if self._loop is not None else 0
+        return lost + sum(int(pool.replaced) for pool in self._pools)
 
     async def _retain(self) -> None:
         """Deletes, once behind each checkpoint, the checkpoints and weights that it replaces."""

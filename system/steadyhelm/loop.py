@@ -85,6 +85,12 @@ class Loop:
         self._tell = tell
         self._stop = asyncio.Event()
         self._damaged: set[PolicyVersion] = set()
+        self._losses = 0
+
+    @property
+    def restarts(self) -> int:
+        """How often the learner group was lost and started again."""
+        return self._losses
 
     def stop(self) -> None:
         """Ends the loop behind the step in progress, with a checkpoint; batches in the making are abandoned."""
@@ -95,7 +101,6 @@ class Loop:
 
         Raises the services' errors; a LearnerLostError is answered by a replay, ``learner.max_restarts`` times.
         """
-        losses = 0
         batches = BatchMaker(self._services, self._layout, self._log, self._run)
         try:
             while True:
@@ -106,11 +111,11 @@ class Loop:
                         yield report
                     return
                 except LearnerLostError as error:
-                    losses += 1
-                    if losses > self._run.learner.max_restarts:
+                    self._losses += 1
+                    if self._losses > self._run.learner.max_restarts:
                         raise
                     await asyncio.to_thread(self._log.renew, "a learner rank was lost")
-                    again = f"restart {losses} of at most {self._run.learner.max_restarts}"
+                    again = f"restart {self._losses} of at most {self._run.learner.max_restarts}"
                     text = f"{error} The group goes on from the last checkpoint ({again})."
                     self._tell(telemetry.Notice(text=text, level="warning"))
         finally:

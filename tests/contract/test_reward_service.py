@@ -155,7 +155,6 @@ async def test_metrics_are_means_over_valid_samples(scorer, store):
         names.REWARD_CHOICE: 0.5,
         names.REWARD_CONSISTENCY: 0.0,
         names.REWARD_VALID_RATE: 1.0,
-        names.UNSCORED: 0.0,
     }
     assert [(span.service, span.name, span.computes) for span in served.spans] == [
         ("reward", "read", False),
@@ -217,7 +216,6 @@ async def test_every_deed_of_a_users_term_costs_its_own_sample_only(scorer, stor
         "hang_in_c": late,
     }
     assert served.metrics[names.REWARD_VALID_RATE] == 2 / 11
-    assert served.metrics[names.UNSCORED] == 9.0
     assert served.metrics[names.reward_part("obedient")] == 0.25
     assert (await service.score(put(store, [trajectory(0)], shard=1))).value[1] == (True,)
 

@@ -52,6 +52,7 @@ class Pool:
         start_deadline_s, call_deadline_s, notice_s: seconds; see ``config.Runtime``.
         tell: takes events for the user.
         closes: whether members have processes of their own to end first.
+        replaced: how many members were lost and replaced.
         prepare: brings a new member up to date before it serves (weights); None where there is nothing to do.
     """
 
@@ -65,6 +66,7 @@ class Pool:
     prepare: Callable[[Member], Awaitable[None]] | None = None
     closes: bool = False
     members: list[Member] = field(default_factory=list)
+    replaced: int = 0
     _factory: Factory | None = None
     _spawned: int = 0
     _losses: int = 0
@@ -188,6 +190,7 @@ class Pool:
         if not member.alive:
             return
         member.alive = False
+        self.replaced += 1
         text = f"{self.service} {member.number} is lost ({error}); another one takes its place"
         self.tell(Notice(text=text, level="warning"))
         self._show(member)

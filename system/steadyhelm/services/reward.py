@@ -123,10 +123,7 @@ def _shard_scope(term: CustomTerm, base: Path, config: Reward) -> Scope:
 def _metrics(rewards: Rewards) -> dict[str, float]:
     """Means over the valid samples, and how many there are; a shard without any has no means."""
     valid = rewards.valid
-    found = {
-        names.REWARD_VALID_RATE: float(np.mean(valid)) if valid.size else float("nan"),
-        names.UNSCORED: float((~valid).sum()),
-    }
+    found = {names.REWARD_VALID_RATE: float(np.mean(valid)) if valid.size else float("nan")}
     if valid.any():
         found |= {names.reward_part(name): value for name, value in means(rewards).items()}
         found[names.REWARD_STD] = float(rewards.total[valid].std(dtype=np.float64))

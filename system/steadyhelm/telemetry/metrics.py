@@ -108,11 +108,12 @@ EVAL_TRUNCATED = _metric("eval/truncated", "Share of completions cut at the toke
 EVAL_PAIRS = _metric("eval/pairs", "Held-out pairs evaluated")
 
 # Run
-REPLAYED = _metric("run/replayed_iterations", "Iterations stepped again from committed batches", "", "counter", False)
-RESTARTS = _metric("run/restarts", "Restarts of engines and learner ranks", "", "counter", False)
-UNSCORED = _metric("run/unscored", "Samples that could not be scored", "", "counter")
-DROPPED = _metric("run/dropped", "Prompts dropped", "", "counter")
-REPLACED = _metric("run/replaced", "Samples replaced by another sample of their prompt", "", "counter")
+REPLAYED = _metric(
+    "run/replayed_iterations", "Iterations that this driver stepped again from committed batches", "", "counter", False
+)
+RESTARTS = _metric(
+    "run/restarts", "Actors that this driver replaced and learner groups that it started again", "", "counter", False
+)
 WEIGHTS_BYTES = _metric(  # a replayed iteration publishes nothing
     "weights/bytes", "Bytes published for a policy version", "bytes", exact=False
 )
@@ -155,6 +156,11 @@ FAMILIES = {
 def reward_part(part: str) -> str:
     """The metric of the reward part ``part``: ``"reward/<part>"``."""
     return f"reward/{part}"
+
+
+def outcome(kind: str) -> str:
+    """The metric of the prompts that ended in ``kind`` (``"trained"``, ``"unscored"``): ``"outcomes/<kind>"``."""
+    return f"outcomes/{kind}"
 
 
 def seconds(phase: str) -> str:

@@ -5,12 +5,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
+from steadyhelm.cli import app
 from steadyhelm.data.types import ObjectRef, Prompt, ShardRecord
 from steadyhelm.errors import DataError, FencedError
+from steadyhelm.report import read_metrics
 from steadyhelm.services import Served, ShardOrder
+from steadyhelm.store import LocalStore
 from steadyhelm.store.records import from_json
-from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeRollout
+from steadyhelm.telemetry import MetricsLine
+from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeReward, FakeRollout
 from steadyhelm.testing.memory_store import InjectedCrash, MemoryStore
+from typer.testing import CliRunner
 
 EVERY_ID = [f"0:{n}" for n in range(16)]
 EVALUATED = {0, 2, 4}
@@ -135,3 +140,26 @@ async def test_held_out_pairs_that_are_all_too_long_name_the_limit(start):
     rollout.too_long = tuple(f"eval-{n}" for n in range(4))
     with pytest.raises(DataError, match=r"each of the 4 held-out pairs is longer than data\.max_prompt_tokens"):
         await start(store, rollout=rollout).follow()
+
+
+async def test_each_iteration_says_how_its_prompts_ended_and_what_was_done_again(start):
+    store = MemoryStore()
+    reward = FakeReward(store=store, unscorable={"0:5"})
+    run = start(store, reward=reward, learner=FakeLearner(store=store, lose_at={2}))
+    await run.follow()
+    lines = {line.iteration: line.metrics for line in read_metrics(store, "fake")}
+    ends = {name: value for name, value in lines[2].items() if name.startswith("outcomes/")}
+    assert ends == {"outcomes/trained": 3, "outcomes/unscored": 1, "outcomes/dropped": 0, "outcomes/replaced": 0}
+    assert [lines[i]["run/restarts"] for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert [lines[i]["run/replayed_iterations"] for i in (1, 2, 3, 4)] == [1, 2, 2, 2]
+
+
+async def test_a_finished_run_has_its_metrics_in_one_file_beside_the_report_and_the_command_prints_them(
+    start, tmp_path
+):
+    store = LocalStore(tmp_path)
+    await start(store).follow()
+    text = bytes(store.get("fake/report/metrics.jsonl")).decode()
+    assert [MetricsLine.parse(line) for line in text.splitlines()] == read_metrics(store, "fake")
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "fake"), "--metrics"])
+    assert (shown.exit_code, shown.stdout) == (0, text)
