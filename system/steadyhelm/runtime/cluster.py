@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +26,13 @@ LISTEN_S = 10.0
 """How long the address of a cluster to join may take to accept a connection."""
 
 
-def environment(run: RunFile) -> dict[str, str]:
-    """Environment of every process of the run: offline, silent about itself, one thread per process on a CPU."""
+def environment(run: RunFile, given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Environment of every process of the run: offline, silent about itself, one thread per process on a CPU.
+
+    What ``given``, the user's own environment, says of the former stands; threads are the run file's.
+    """
     gpus = run.runtime.gpus_per_learner or run.runtime.gpus_per_engine
-    return {
+    defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "HF_HUB_OFFLINE": "1",
@@ -38,7 +41,10 @@ def environment(run: RunFile) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_ARENA_MAX": "2",
-    } | ({} if gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(run.runtime.threads)})
+    }
+    return {name: given.get(name, value) for name, value in defaults.items()} | (
+        {} if gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(run.runtime.threads)}
+    )
 
 
 @contextmanager

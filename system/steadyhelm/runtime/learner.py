@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -24,6 +24,8 @@ from steadyhelm.telemetry import EventSink, ServiceState
 
 RankFactory = Callable[[int, int], Any]
 """Builds the learner of (rank, world size) in the rank's process, inside an initialised process group."""
+CLOSE_S = 20.0
+"""How long the mailbox may take to hear that the group ends, and the ranks to end."""
 BUILD = "build"
 """The command that a group gets before any other; its argument is the RankFactory."""
 
@@ -119,8 +121,7 @@ class LearnerGroup:
         if self._mailbox is None or self._over is None:
             return
         if self._joined:  # ranks that are still starting hear nothing; they end with the Ray session
-            await self._mailbox.stop.remote()
-            await asyncio.wait({self._over}, timeout=20.0)
+            await ended(self._mailbox.stop.remote(), self._over, CLOSE_S)
         ray.kill(self._mailbox)
 
     async def _call(self, name: str, arguments: tuple[Any, ...], doing: str, deadline_s: float = 0.0) -> Any:
@@ -166,6 +167,22 @@ class LearnerGroup:
                 failure_config=FailureConfig(max_failures=self._run.learner.max_restarts),
             ),
         )
+
+
+async def ended(stop: Awaitable[Any], over: asyncio.Future[Any], wait_s: float) -> None:
+    """Returns when ``stop`` has been answered and then ``over`` is done, each within ``wait_s`` seconds, or neither.
+
+    A mailbox that is gone or stuck tells nobody that it is over, so nothing is waited for behind it. Raises nothing.
+    """
+
+    async def answer_of() -> None:
+        await stop
+
+    told = asyncio.create_task(answer_of())
+    await asyncio.wait({told}, timeout=wait_s)
+    if told.done() and told.exception() is None:
+        await asyncio.wait({over}, timeout=wait_s)
+    told.cancel()
 
 
 def _train(config: dict[str, Any]) -> None:
