@@ -1,5 +1,6 @@
 """One policy, one number: trainer (any padding, any micro-batch), reference and engine give the same log-probs."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -135,17 +136,29 @@ def test_swapping_two_images_of_one_size_changes_the_logprobs(model: torch.nn.Mo
 
 
 def test_moving_an_image_in_the_grid_changes_the_logprobs(model: torch.nn.Module, encoder: PromptEncoder) -> None:
-    """The same number of image tokens in another shape: one-dimensional positions could not tell them apart."""
-    wide, high = picture(5, 56, 112), picture(5, 112, 56)
-    rows = [
-        TokenSequence(
-            prompt_tokens=encoder.encode("Which?", (image,)), tokens=np.asarray([20], np.int32), images=(image,)
+    """The same image tokens in a grid of another shape: one-dimensional positions could not tell them apart."""
+    wide, high = (
+        collate(
+            [
+                TokenSequence(
+                    prompt_tokens=encoder.encode("Which?", (image,)),
+                    tokens=np.arange(20, 30, dtype=np.int32),
+                    images=(image,),
+                )
+            ],
+            encoder,
         )
-        for image in (wide, high)
-    ]
-    assert len(rows[0].prompt_tokens) == len(rows[1].prompt_tokens)
-    places = [collate([row], encoder).position_ids for row in rows]
-    assert not torch.equal(places[0], places[1])
+        for image in (picture(5, 56, 112), picture(5, 112, 56))
+    )
+    assert torch.equal(wide.input_ids, high.input_ids)
+    moved = dataclasses.replace(wide, position_ids=high.position_ids)  # the features of one, in the places of the other
+    with torch.no_grad():
+        here, there, other = (
+            completion_logprobs(model, batch, temperature=0.8, banned_ids=encoder.banned_ids)[0]
+            for batch in (wide, moved, high)
+        )
+    assert (here - there).abs().max() > 1e-4
+    assert (there - other).abs().max() > 1e-4
 
 
 def test_chunks_of_the_output_layer_change_neither_numbers_nor_gradient(

@@ -120,7 +120,11 @@ class ReinforcePP(_Returns):
 
 
 class Grpo(Objective):
-    """GRPO: advantages are rewards centred and scaled within the group of one prompt's samples."""
+    """GRPO: advantages are rewards centred and scaled within the group of one prompt's samples.
+
+    They are divided by the deviation whose variance divides by n − 1 (the unbiased one), plus 1e-8; its paper does not
+    say which is meant.
+    """
 
     type: Literal["grpo"] = "grpo"
     """Discriminator."""
