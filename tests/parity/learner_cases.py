@@ -43,8 +43,8 @@ def run_file(algorithm=STABLE, *, dtype="float32", **learner):
     }
 
 
-def case(run, *operations, worlds=(1, 2)):
-    return {"run": run, "operations": operations, "worlds": worlds}
+def case(run, *operations, worlds=(1, 2), exact_stage=True):
+    return {"run": run, "operations": operations, "worlds": worlds, "exact_stage": exact_stage}
 
 
 TWO = (["step", "1"], ["step", "2"], ["publish", None])
@@ -65,7 +65,8 @@ def cases():
         "bf16-2": case(run_file(dtype="bfloat16"), *TWO, ["save", None]),
         "bf16-3": case(run_file(dtype="bfloat16", zero_stage=3), *TWO, ["save", None]),
     }
-    for stage, worlds in ((0, (2,)), (2, (1, 2)), (3, (1, 2))):
+    found["as-in-a-run"] = case(run_file(zero_stage=2, micro_batch=5, **big), *ONE, exact_stage=False)
+    for stage, worlds in ((0, (1, 2)), (2, (1, 2)), (3, (1, 2))):
         name = f"resume-{stage}"
         found[name] = case(
             run_file(zero_stage=stage),

@@ -83,7 +83,10 @@ for name, case in script["cases"].items():
     found = answers[name] = []
     try:
         spec = LearnerSpec(
-            run=RunFile.model_validate(case["run"]), model_folder=script["model"], store_uri=script["store"]
+            run=RunFile.model_validate(case["run"]),
+            model_folder=script["model"],
+            store_uri=script["store"],
+            exact_stage=case["exact_stage"],
         )
         learner = LearnerRank(spec, rank, world_size)
         for number, (operation, argument) in enumerate(case["operations"]):

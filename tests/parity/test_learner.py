@@ -42,6 +42,12 @@ def checkpoint(group, record):
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in found.items()}
 
 
+def stage_of(group, record):
+    """The ZeRO stage of the engine that saved a checkpoint."""
+    first = from_json(CheckpointRecord, record, "answer").objects[0]
+    return json.loads(bytes(group.inputs.store.read(first)))["zero_stage"]
+
+
 def distance(found, expected):
     """Relative L2 distance of two sets of tensors."""
     assert found.keys() == expected.keys()
@@ -83,12 +89,22 @@ def oracle(inputs):
 def test_loss_and_gradient_do_not_depend_on_ranks_stage_and_micro_batches(group, ranks, stage):
     step, saved = group.answers[ranks][f"gradient-{stage}"]
     reference_step, reference_saved = group.answers[1]["gradient-0"]
+    assert (stage_of(group, saved), stage_of(group, reference_saved)) == (stage, 0)
     assert step["metrics"][names.LOSS] == pytest.approx(reference_step["metrics"][names.LOSS], rel=1e-5)
     assert step["metrics"][names.GRAD_NORM] == pytest.approx(reference_step["metrics"][names.GRAD_NORM], rel=1e-5)
     # after one step exp_avg is (1 - β₁) times the gradient
     found, expected = checkpoint(group, saved), checkpoint(group, reference_saved)
     gradients = [{n: t for n, t in state.items() if n.startswith("exp_avg/")} for state in (found, expected)]
     assert distance(*gradients) < 1e-5
+
+
+def test_a_run_on_one_rank_in_fp32_does_without_zero(group):
+    for ranks, stage in ((1, 0), (2, 2)):
+        step, saved = group.answers[ranks]["as-in-a-run"]
+        exact_step, exact_saved = group.answers[ranks][f"gradient-{stage}"]
+        assert stage_of(group, saved) == stage_of(group, exact_saved) == stage
+        assert step["metrics"][names.LOSS] == pytest.approx(exact_step["metrics"][names.LOSS], rel=1e-5)
+        assert distance(checkpoint(group, saved), checkpoint(group, exact_saved)) < 1e-5
 
 
 @pytest.mark.parametrize(("ranks", "stage"), LAYOUTS)
@@ -152,7 +168,7 @@ def test_frozen_parameters_stay_and_take_no_part_in_checkpoints(group):
     assert not any("model.visual" in name for name in checkpoint(group, saved))
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 2), (1, 3), (2, 0), (2, 2), (2, 3)])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(group, ranks, stage):
     answers = group.answers[ranks][f"resume-{stage}"]
     first, _, second, published, _, resumed, republished, _, again_first, again_second, again = answers

@@ -106,7 +106,9 @@ class Learner(Part):
     replicas: Count = 1
     """Ranks."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """DeepSpeed ZeRO stage; changes memory, never numbers beyond float order."""
+    """DeepSpeed ZeRO stage; changes memory, never numbers beyond float order. So float32 on one rank without
+    ``offload_optimizer`` does without ZeRO (stage 0), and bfloat16 takes at least stage 2, which sums gradients in
+    float32."""
     train_batch: Count = 128
     """Sequences per optimiser step, over all ranks."""
     micro_batch: Count = 2

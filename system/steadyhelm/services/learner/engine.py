@@ -24,9 +24,11 @@ GATHER_NUMEL = 1 << 28
 """Elements of ZeRO-3 parameters that are gathered at once for publishing."""
 
 
-def deepspeed_config(learner: Learner, dtype: str, world_size: int, numel: int) -> dict[str, Any]:
+def deepspeed_config(
+    learner: Learner, dtype: str, world_size: int, numel: int, *, exact_stage: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's configuration for ``numel`` trained elements; ``train_batch`` there has no meaning here."""
-    stage = _stage(learner, dtype, world_size)
+    stage = _stage(learner, dtype, world_size, exact_stage)
     bucket = max(2, min(500_000_000, numel + numel % 2))  # buffers of this size are allocated
     zero: dict[str, Any] = {
         "stage": stage,
@@ -52,15 +54,17 @@ def deepspeed_config(learner: Learner, dtype: str, world_size: int, numel: int) 
     }
 
 
-def _stage(learner: Learner, dtype: str, world_size: int) -> int:
+def _stage(learner: Learner, dtype: str, world_size: int, exact: bool) -> int:
     """DeepSpeed's ZeRO stage: the run file's, but where another one has the same numbers and is cheaper or exacter.
 
     - bf16: of the stages below 3 only the second sums gradients in fp32 and has partitioned fp32 masters.
-    - fp32 on one rank: there is nothing to partition, and the bookkeeping takes up to a third of a small model's step.
+    - fp32 on one rank, unless ``exact``: there is nothing to partition, and the bookkeeping takes up to a third of a
+      small model's step.
     """
     if dtype == "bfloat16":
         return max(2, learner.zero_stage)
-    return 0 if world_size == 1 and not learner.offload_optimizer else learner.zero_stage
+    idle = world_size == 1 and not learner.offload_optimizer and not exact
+    return 0 if idle else learner.zero_stage
 
 
 class TrainEngine:
@@ -73,19 +77,29 @@ class TrainEngine:
         policy: whose parameters are trained and published, under its names.
         learner: the run file's part.
         dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
+        exact_stage: whether fp32 on one rank keeps the run file's ZeRO stage, which partitions nothing there.
 
     Raises:
         ConfigError: ``learner.freeze`` fits no parameter or all of them.
     """
 
-    def __init__(self, module: torch.nn.Module, policy: torch.nn.Module, learner: Learner, dtype: str) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        policy: torch.nn.Module,
+        learner: Learner,
+        dtype: str,
+        *,
+        exact_stage: bool = False,
+    ) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._policy = policy
         _freeze(policy, learner.freeze)
         self.names = {p: name for name, p in policy.named_parameters() if p.requires_grad}
         trained = list(self.names)
-        config = deepspeed_config(learner, dtype, self.world_size, sum(p.numel() for p in trained))
+        numel = sum(parameter.numel() for parameter in trained)
+        config = deepspeed_config(learner, dtype, self.world_size, numel, exact_stage=exact_stage)
         self._deepspeed = _import_deepspeed()
         self.engine, *_ = self._deepspeed.initialize(
             model=module,

@@ -41,12 +41,15 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json
 class LearnerSpec:
     """What every rank is built from.
 
+    ``exact_stage`` keeps the run file's ZeRO stage where one rank in fp32 would do without (tests compare the stages).
+
     Example: ``LearnerSpec(run=run, model_folder="runs/digits-sft/model", store_uri="file:///home/me/runs")``
     """
 
     run: RunFile
     model_folder: str
     store_uri: str
+    exact_stage: bool = False
 
 
 class LearnerRank:
@@ -82,7 +85,7 @@ class LearnerRank:
             banned_ids=self._encoder.banned_ids,
             chunks=self._logit_chunks(world_size),
         )
-        self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype)
+        self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype, exact_stage=spec.exact_stage)
         self._training = Training(self._engine, self._encoder, run)
         self._pristine = True
 
