@@ -12,7 +12,8 @@ def test_the_latest_values_are_exposed_with_their_meaning():
         "# HELP steadyhelm_reward_mean Mean total reward of the valid samples",
         "# TYPE steadyhelm_reward_mean gauge",
         'steadyhelm_reward_mean{run="digits-1"} 1.25',
-        "# HELP steadyhelm_run_restarts_total Actors that this driver replaced and learner groups that it started again",
+        "# HELP steadyhelm_run_restarts_total Actors that this driver replaced and learner groups that it started "
+        "again",
         "# TYPE steadyhelm_run_restarts_total counter",
         'steadyhelm_run_restarts_total{run="digits-1"} 2.0',
         "# HELP steadyhelm_phase_seconds Seconds in which a phase was under way",
