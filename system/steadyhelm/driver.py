@@ -7,7 +7,7 @@ import json
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -110,11 +110,12 @@ def take_over(run_file: RunFile, store: ObjectStore, run: str, accept_changes: b
     where that is not given, StoreError.
     """
     known = CommitLog.read(store, run)
-    changed = _settle_run_file(run_file, store, known, accept_changes)
-    if known.finished() is not None and not changed:
+    with suppress(ObjectExistsError):
+        store.put(RunLayout(run).run_file, json.dumps(_run_record(run_file), indent=1).encode(), if_absent=True)
+    if not _differs(run_file, known, accept_changes) and known.finished() is not None:
         return None
     log = CommitLog.take_over(store, run, "resume" if known.attempt else "start")
-    if _settle_run_file(run_file, store, log, accept_changes):  # asked again: now nobody else can change it
+    if _differs(run_file, log, accept_changes):  # asked again: now nobody else can change it
         log.append("run_file", _run_record(run_file) | {"after": log.last_iteration})
     return log
 
@@ -257,8 +258,9 @@ class Driver:
         for entry in self._evaluations():  # their lines may be lost: the log has them before the segment
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
         self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
-        async for report in self._loop.iterations():
-            await self._note(report, services)
+        async with aclosing(self._loop.iterations()) as reports:
+            async for report in reports:
+                await self._note(report, services)
         if self._signal is None:
             await self._finish(services)
 
@@ -512,17 +514,9 @@ def _run_record(run_file: RunFile) -> dict[str, Any]:
     return {"format": 1, "steadyhelm": __version__, "after": 0, "run": run_file.model_dump(mode="json")}
 
 
-def _settle_run_file(run_file: RunFile, store: ObjectStore, log: LogView, accept_changes: bool) -> bool:
-    """Puts the run file of a new run; whether a known run's, the one in force, differs from it.
-
-    Raises ConfigError where it differs and ``accept_changes`` is not given.
-    """
-    try:
-        store.put(RunLayout(log.run).run_file, json.dumps(_run_record(run_file), indent=1).encode(), if_absent=True)
-        return False
-    except ObjectExistsError:
-        known = RunFile.model_validate(log.run_record()["run"])
-    changes = diff_run_files(known, run_file)
+def _differs(run_file: RunFile, log: LogView, accept_changes: bool) -> bool:
+    """Whether the run's file, the one in force, differs from ``run_file``; ConfigError where that is not accepted."""
+    changes = diff_run_files(RunFile.model_validate(log.run_record()["run"]), run_file)
     if changes and not accept_changes:
         listed = "\n  ".join(changes)
         raise ConfigError(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from steadyhelm import telemetry
@@ -96,7 +96,7 @@ class Loop:
         """Ends the loop behind the step in progress, with a checkpoint; batches in the making are abandoned."""
         self._stop.set()
 
-    async def iterations(self) -> AsyncIterator[IterationReport]:
+    async def iterations(self) -> AsyncGenerator[IterationReport, None]:
         """One report for each iteration, replayed ones included.
 
         Raises the services' errors; a LearnerLostError is answered by a replay, ``learner.max_restarts`` times.
