@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup train test test-runs test-store test-gpu check bench constraints clean
+.PHONY: help setup train test test-runs test-store test-engines engines test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -21,13 +21,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # The cold start is made once for each state of what makes it.
 COLD_START = digits-sft-$(shell cat workloads/r1_reward/digits_sft.yaml workloads/r1_reward/*.py | sha256sum | cut -c1-8)
 
-train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (RESUME=1 goes on with the last)
+train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (RESUME=1 goes on with the last, ENGINE=vllm samples with a server)
+	@$(if $(filter vllm,$(ENGINE)),.ci/engines $(ENGINE) >/dev/null)
 	@$(BIN)/steadyhelm sft workloads/r1_reward/digits_sft.yaml --id $(COLD_START)
 	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new) \
-		--set model.path=runs/$(COLD_START)/model
+		--set model.path=runs/$(COLD_START)/model $(if $(ENGINE),--set rollout.engine.type=$(ENGINE))
 
 test: setup ## every test that needs nothing beyond PyPI
-	$(BIN)/pytest -m "not gpu and not runs and not store" tests
+	$(BIN)/pytest -m "not engines and not gpu and not runs and not store" tests
 
 test-runs: setup ## whole runs over real Ray, killed and resumed
 	$(BIN)/pytest -m runs tests
@@ -35,6 +36,12 @@ test-runs: setup ## whole runs over real Ray, killed and resumed
 test-store: setup ## the batch plane on a real S3 server (versitygw, built by Go, or STEADYHELM_TEST_S3_ENDPOINT)
 	@[ -n "$$STEADYHELM_TEST_S3_ENDPOINT" ] || .ci/versitygw >/dev/null || { echo "make test-store: nothing was tested" >&2; exit 1; }
 	$(BIN)/pytest -m store -rs tests
+
+engines: ## the environment of the vLLM server, from PyPI, in the cache; for machines without a GPU
+	@.ci/engines vllm
+
+test-engines: setup engines ## engine servers under the suite of all engines
+	$(BIN)/pytest -m engines tests
 
 # $(call repeated,LINES,FILES) fails where files share a block of that many lines, and where symilar does not finish.
 define repeated
@@ -48,7 +55,7 @@ check: setup ## format, lint, types, import contracts, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(call repeated,7,$$(find $(wildcard system workloads benchmarks docs engines) -name '*.py'))
+	$(call repeated,12,$$(find $(wildcard system workloads benchmarks docs engines) -name '*.py'))
 	$(call repeated,12,$$(find tests -name '*.py'))
 
 bench: setup ## every benchmark, quickly
