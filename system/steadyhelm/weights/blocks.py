@@ -76,7 +76,7 @@ def encode(block: Block, base: Flat, tensors: Flat, models: Models) -> bytes:
         equal = all(np.array_equal(before, after) for before, after in zip(old, new, strict=True))
         return b"" if equal else _copied(old, new)
     mine, compare = _scratch, CODERS[block.dtype].compare
-    state = np.zeros(2, np.int64)
+    state = np.zeros(2, np.uint64)
     for before, after in zip(old, new, strict=True):
         compare(before, after, model.weights, state, mine.places, mine.kinds, mine.steps)
     changes = int(state[0])
@@ -132,7 +132,7 @@ def decode(flat: Flat, block: Block, code: memoryview, models: Models, place: st
     words = np.zeros(size // 4 + kernels.PADDING, np.uint32)
     words[: -kernels.PADDING] = np.frombuffer(bytes(code[_CODED.size :]), "<u4")
     mine, coder = _scratch, CODERS[block.dtype]
-    state = np.zeros(6, np.int64)
+    state = np.zeros(6, np.uint64)
     kernels.start(words, changes, state)
     for view in views:
         coder.decode(view, model.weights, model.contexts, model.slots, words, state, mine.sums)

@@ -18,7 +18,7 @@ other file to see whether it is out of date. States and hazards are uint64; mixe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -38,19 +38,19 @@ TOKEN_BITS = 11
 """Precision of the tokens' probabilities."""
 TILE = 4096
 """Elements whose hazard is added up at a time: 16 KiB of sums, and no sum above 2^31."""
-REACH = 144
-"""Elements behind a tile that the search for a change may look at."""
-PADDING = 4
+REACH = 146
+"""Sums beyond a tile's elements: one in front of them, and those behind that the search for a change may look at."""
+PADDING = 8
 """Words that a stream needs behind its end; a decoder may look at them."""
 
 Scalar = Any
 """A number in compiled code: int64 or uint64, as its use shows."""
 U: Any = np.uint64
 S: Any = np.int64
-_U32: Any = np.uint32
+W: Any = np.uint32
 _ONE = U(1)
 _RUN = 256
-_GROUP = 16
+_GROUP = U(16)
 _ESCAPE = TOKENS - 1
 _LOW = U(1 << 31)
 _SLOT = U((1 << 31) - 1)
@@ -62,34 +62,40 @@ _BIT_LENGTHS = np.array([number.bit_length() for number in range(1 << HALF_LIVES
 
 def kernel(function: F) -> F:
     """``function`` compiled at its first call, without the interpreter lock; kept on disk where there is a place."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
-        compiled: F = numba.njit(cache=True, **options)(function)
+        return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
     except RuntimeError:  # neither beside this file nor in the user's folder may anything be written
-        compiled = numba.njit(**options)(function)
-    return compiled
+        return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
-@kernel
+def part(function: F) -> F:
+    """``function`` as a part of every kernel that calls it."""
+    return cast(F, numba.njit(nogil=True, error_model="numpy", forceinline=True)(function))
+
+
+@part
 def _ordered(word: Scalar, half: Scalar) -> Scalar:
-    """The place of a bit pattern on the ordered line; ``half`` is its sign bit's value."""
-    return 2 * half - 1 - word if word & half else word | half
+    """The place of a bit pattern, an int64, on the ordered line; ``half`` is its sign bit's value.
+
+    Signs are as good as random. So here and below there are no branches on them for the processor to guess wrong.
+    """
+    return word ^ (half | ((half - 1) & -S((word & half) != 0)))
 
 
-@kernel
+@part
 def _pattern(place: Scalar, half: Scalar) -> Scalar:
     """The bit pattern of a place on the ordered line."""
-    return place ^ half if place & half else 2 * half - 1 - place
+    return place ^ (half | ((half - 1) & -S((place & half) == 0)))
 
 
-@kernel
+@part
 def _step(old: Scalar, new: Scalar, half: Scalar) -> Scalar:
     """The signed difference on the ordered line, in [−half, half)."""
     distance = (_ordered(new, half) - _ordered(old, half)) & (2 * half - 1)
     return distance - 2 * half if distance & half else distance
 
 
-@kernel
+@part
 def _token(step: Scalar) -> tuple[Scalar, Scalar]:
     """The token of a signed difference and how many low bits of its magnitude follow."""
     sign = S(step < 0)
@@ -102,24 +108,21 @@ def _token(step: Scalar) -> tuple[Scalar, Scalar]:
     return 2 * (2 * bits + 1 + ((size >> bits) & 1)) + sign, bits
 
 
-@kernel
+@part
 def _magnitude(token: Scalar) -> tuple[Scalar, Scalar]:
-    """The smallest magnitude of a token and how many low bits follow."""
-    kind = token >> 1
-    if kind < 3:
-        return kind + 1, 0
-    bits = ((kind - 3) >> 1) + 1
-    return (2 + ((kind - 3) & 1)) << bits, bits
+    """The smallest magnitude of a token above 5 and how many low bits follow."""
+    kind = (token >> 1) - 3
+    bits = (kind >> 1) + 1
+    return (2 + (kind & 1)) << bits, bits
 
 
-@kernel
+@part
 def _below(hazard: Scalar) -> Scalar:
     """2^31 times the probability of a change within ``hazard``; constant from 12 half-lives on."""
-    if hazard >= _LIMIT:
-        return _FAR
+    hazard = min(hazard, _LIMIT)
     pieces = hazard >> U(HALF_LIFE_BITS)
     rest = hazard & U((1 << HALF_LIFE_BITS) - 1)
-    return _LOW - (_LOW >> pieces) + (rest << (U(30 - HALF_LIFE_BITS) - pieces))
+    return _LOW - (_LOW >> pieces) + ((rest << U(30 - HALF_LIFE_BITS)) >> pieces)
 
 
 @kernel
@@ -141,16 +144,13 @@ def census(old: Any, new: Any, shift: Scalar, half: Scalar, stride: Scalar, coun
                 counts[kind, token] += 1
 
 
-@kernel
+@part
 def _push(
     state: Scalar, start: Scalar, frequency: Scalar, bits: Scalar, words: Any, end: Scalar
 ) -> tuple[Scalar, Scalar]:
-    """Encodes an interval of [0, 2^bits): the new state, and where ``words``, filled from behind, now begin.
-
-    Whether a word leaves the state is as good as random, so there is no branch for the processor to guess wrong.
-    """
+    """Encodes an interval of [0, 2^bits): the new state, and where ``words``, filled from behind, now begin."""
     full = U((state >> U(32)) >= frequency << (U(31) - bits))
-    words[end - _ONE] = _U32(state)
+    words[end - _ONE] = W(state)
     end -= full
     state >>= full << U(5)
     whole = state // frequency
@@ -208,55 +208,117 @@ def encode(
             place, end = _push(place, _FAR, _FAR_FREQUENCY, U(31), words, end)
             escapes -= _ONE
     for state in (size, place):
-        words[end - _ONE] = _U32(state)
-        words[end - U(2)] = _U32(state >> U(32))
+        words[end - _ONE] = W(state)
+        words[end - U(2)] = W(state >> U(32))
         end -= U(2)
     return end
 
 
-@kernel
+@part
 def _refilled(state: Scalar, position: Scalar, words: Any) -> tuple[Scalar, Scalar]:
-    """The state with another word where it is low, and the position behind; without a branch, as in ``_push``.
-
-    Behind the end, where only a damaged stream leads, the position stays on the padding.
-    """
+    """The state with another word where it is low, and the position behind."""
     low = U(state < _LOW)
-    word = U(words[position])
-    position = min(position + low, U(words.shape[0] - 1))
-    return (state << (low << U(5))) | (word * low), position
+    return (state << (low << U(5))) | (U(words[position]) * low), position + low
 
 
-@kernel
-def _aim(place: Scalar, position: Scalar, origin: Scalar, words: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+@part
+def _aim(
+    place: Scalar, position: Scalar, origin: Scalar, words: Any, limit: Scalar
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """State, position and origin behind the escapes, and the goal.
 
     The next change is the first element whose hazard, it included, is above the goal.
     """
     slot = place & _SLOT
-    while slot >= _FAR and position < U(words.shape[0] - 1):
+    while slot >= _FAR and position <= limit:
         place, position = _refilled((place >> U(31)) * _FAR_FREQUENCY + slot - _FAR, position, words)
-        origin += S(_LIMIT)
+        origin += _LIMIT
         slot = place & _SLOT
     pieces = U(HALF_LIVES) - _BIT_LENGTHS[(_SLOT - slot) >> U(31 - HALF_LIVES)]
     rest = (slot - (_LOW - (_LOW >> pieces))) >> (U(30 - HALF_LIFE_BITS) - pieces)
-    return place, position, origin, origin + S((pieces << U(HALF_LIFE_BITS)) + rest)
+    return place, position, origin, origin + (pieces << U(HALF_LIFE_BITS)) + rest
 
 
 @kernel
 def start(words: Any, changes: Scalar, state: Any) -> None:
-    """Readies ``state`` int64 [6] for ``Coder.decode`` of a block.
+    """Readies ``state`` uint64 [6] for ``Coder.decode`` of a block.
 
     It has the states of positions and of differences, the place in ``words``, the changes left, and goal and origin in
     hazard from the segment's beginning.
     """
     first = U(words[0]) << U(32) | U(words[1])
-    place, position, origin, goal = _aim(first, U(4), S(0), words)
+    place, position, origin, goal = _aim(first, U(4), U(0), words, U(words.shape[0] - PADDING))
     state[0] = place
     state[1] = U(words[2]) << U(32) | U(words[3])
     state[2] = position
     state[3] = changes
     state[4] = goal
     state[5] = origin
+
+
+@part
+def _add_up(words: Any, weights: Any, shift: Scalar, sums: Any) -> Scalar:
+    """Fills ``sums`` with the hazard in front of each of a tile's elements and behind the last, which is returned."""
+    size = U(words.shape[0])
+    total = U(0)
+    sums[U(0)] = W(0)
+    for index in range(size):
+        total += U(weights[(words[index] >> shift) & 255])
+        sums[index + _ONE] = W(total)
+    for index in range(size + _ONE, size + U(REACH)):
+        sums[index] = W(0xFFFFFFFF)
+    return total
+
+
+@part
+def _passed(sums: Any, at: Scalar, stride: Scalar, goal: Scalar) -> Scalar:
+    """How many of eight sums the goal is not below; added up in a tree, so that all are compared at a time."""
+    low = U(sums[at] <= goal) + U(sums[at + stride] <= goal)
+    low += U(sums[at + U(2) * stride] <= goal) + U(sums[at + U(3) * stride] <= goal)
+    high = U(sums[at + U(4) * stride] <= goal) + U(sums[at + U(5) * stride] <= goal)
+    high += U(sums[at + U(6) * stride] <= goal) + U(sums[at + U(7) * stride] <= goal)
+    return low + high
+
+
+@part
+def _find(sums: Any, here: Scalar, goal: Scalar) -> tuple[Scalar, Scalar]:
+    """The index of the first element whose hazard is above the goal, and a multiple of 16 that is not behind it.
+
+    ``here`` is such a multiple to start from.
+    """
+    passed = _passed(sums, here + _GROUP, _GROUP, goal)
+    here += passed * _GROUP
+    while passed == U(8):
+        passed = _passed(sums, here + _GROUP, _GROUP, goal)
+        here += passed * _GROUP
+    return here + _passed(sums, here + _ONE, _ONE, goal) + _passed(sums, here + U(9), _ONE, goal), here
+
+
+@part
+def _next_step(
+    size: Scalar, position: Scalar, contexts: Any, table: Any, kind: Scalar, words: Any
+) -> tuple[Scalar, Scalar, Scalar]:
+    """The signed difference that comes next, the state behind it and the place in ``words``."""
+    entry = table[contexts[kind], size & U((1 << TOKEN_BITS) - 1)]
+    token = S(entry & W(TOKENS - 1))
+    frequency = U((entry >> W(7)) & W((1 << TOKEN_BITS) - 1)) + _ONE
+    size = frequency * (size >> U(TOKEN_BITS)) + U(entry >> W(7 + TOKEN_BITS))
+    size, position = _refilled(size, position, words)
+    magnitude = (token >> 1) + 1
+    if token > 5:
+        if token == _ESCAPE:
+            token = S(size & U(TOKENS - 1))
+            size, position = _refilled(size >> U(7), position, words)
+        if token > 5:
+            magnitude, bits = _magnitude(token)
+            free = U(31 - bits)
+            magnitude += S((size & _SLOT) >> free)
+            size = ((size >> U(31)) << free) + (size & ((_ONE << free) - _ONE))
+            size, position = _refilled(size, position, words)
+        else:
+            magnitude = (token >> 1) + 1
+    sign = token & 1
+    return (magnitude ^ -sign) + sign, size, position
 
 
 class Coder(NamedTuple):
@@ -267,11 +329,12 @@ class Coder(NamedTuple):
 
     - old, new: words [n] before and after;
     - weights: [256] uint32;
-    - state: int64 [2], number of changes and hazard of the segments so far; updated;
+    - state: uint64 [2], number of changes and hazard of the segments so far; updated;
     - places: int64, the hazard in front of each change; kinds: uint8, its class; steps: int32, its signed difference.
 
     ``decode(old, weights, contexts, table, words, state, sums)`` makes a segment's ``old`` words the new ones:
 
+    - contexts: [256] uint8, the row of ``table`` that a class uses;
     - table: [rows, 2^11] uint32, for each row and slot the token (7 bits), its frequency less one (11 bits) and the
       slot's distance from its start (11 bits);
     - words: uint32, the stream with ``PADDING`` behind it;
@@ -292,8 +355,8 @@ def coder(shift: int, half: int) -> Coder:
 
     @kernel
     def compare(old: Any, new: Any, weights: Any, state: Any, places: Any, kinds: Any, steps: Any) -> None:
-        changes = U(state[0])
-        hazard = U(state[1])
+        changes = state[0]
+        hazard = state[1]
         for index in range(old.shape[0]):
             word = old[index]
             after = new[index]
@@ -310,60 +373,32 @@ def coder(shift: int, half: int) -> Coder:
 
     @kernel
     def decode(old: Any, weights: Any, contexts: Any, table: Any, words: Any, state: Any, sums: Any) -> None:
-        place = U(state[0])
-        size = U(state[1])
-        position = U(state[2])
+        place = state[0]
+        size = state[1]
+        position = state[2]
         left = state[3]
         goal = state[4]
         origin = state[5]
+        limit = U(words.shape[0] - PADDING)
         for begin in range(0, old.shape[0], TILE):
-            part = old[begin : begin + TILE]
-            total = _U32(0)
-            for index in range(part.shape[0]):
-                total += weights[(part[index] >> shift) & 255]
-                sums[index] = total
-            for index in range(part.shape[0], part.shape[0] + REACH):
-                sums[index] = _U32(0xFFFFFFFF)
+            tile = old[begin : begin + TILE]
+            total = _add_up(tile, weights, shift, sums)
             here = U(0)
-            while left and goal < total:
-                target = _U32(goal)
-                passed = U(8)
-                while passed == U(8):
-                    passed = U(0)
-                    for ahead in range(8):
-                        passed += U(sums[here + U(_GROUP * ahead + _GROUP - 1)] <= target)
-                    here += passed * U(_GROUP)
-                index = here
-                for ahead in range(_GROUP):
-                    index += U(sums[here + U(ahead)] <= target)
-                word = S(part[index])
-                kind = (word >> shift) & 255
-                behind = U(S(sums[index]) - origin)
-                origin = S(sums[index])
-                start = _below(behind - U(weights[kind]))
-                place = (place >> U(31)) * (_below(behind) - start) + (place & _SLOT) - start
+            while left and goal < total and position <= limit:
+                index, here = _find(sums, here, W(goal))
+                behind = U(sums[index + _ONE])
+                start = _below(U(sums[index]) - origin)
+                place = (place >> U(31)) * (_below(behind - origin) - start) + (place & _SLOT) - start
                 place, position = _refilled(place, position, words)
-                entry = table[contexts[kind], size & U((1 << TOKEN_BITS) - 1)]
-                token = S(entry & _U32(TOKENS - 1))
-                frequency = U((entry >> _U32(7)) & _U32((1 << TOKEN_BITS) - 1)) + _ONE
-                size = frequency * (size >> U(TOKEN_BITS)) + U(entry >> _U32(7 + TOKEN_BITS))
-                size, position = _refilled(size, position, words)
-                if token == _ESCAPE:
-                    token = S(size & U(TOKENS - 1))
-                    size, position = _refilled(size >> U(7), position, words)
-                magnitude, bits = _magnitude(token)
-                if bits:
-                    free = U(31 - bits)
-                    magnitude += S((size & _SLOT) >> free)
-                    size = ((size >> U(31)) << free) + (size & ((_ONE << free) - _ONE))
-                    size, position = _refilled(size, position, words)
-                step = -magnitude if token & 1 else magnitude
-                part[index] = _pattern((_ordered(word, half) + step) & (2 * half - 1), half)
-                left -= 1
+                origin = behind
+                word = S(tile[index])
+                step, size, position = _next_step(size, position, contexts, table, (word >> shift) & 255, words)
+                tile[index] = _pattern((_ordered(word, half) + step) & (2 * half - 1), half)
+                left -= _ONE
                 if left:
-                    place, position, origin, goal = _aim(place, position, origin, words)
-            goal -= S(total)
-            origin -= S(total)
+                    place, position, origin, goal = _aim(place, position, origin, words, limit)
+            goal -= total  # these two may wrap around below 0: only their distances count
+            origin -= total
         state[0] = place
         state[1] = size
         state[2] = position
