@@ -171,7 +171,7 @@ def test_two_runs_side_by_side_of_which_one_fills_its_disk(make_run, small_disk,
     """The full one ends with one line and without processes, the other one is not disturbed, and the first goes on."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     full: Run = make_run("full")
-    disk = small_disk("28m")  # images, start, five versions of 3 MB each, but no checkpoint of 9 MB
+    disk = small_disk("37m")  # images, start, an anchor of 5 MB and four deltas, but no checkpoint of 15 MB
     (full.folder / "runs").symlink_to(disk)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
