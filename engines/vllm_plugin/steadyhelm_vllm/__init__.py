@@ -55,11 +55,23 @@ class Staged:
         left = sorted(set(self.tensors) - taken)
         if left:
             raise ValueError(f"{len(left)} tensors were not taken, the first is {left[0]}")
+        _pack_output_layers(runner.get_model())
         self.state, self.tensors = "swapped", {}
 
     def answer(self) -> dict[str, str]:
         """What the actor is told."""
         return {"digest": self.digest, "state": self.state, "error": self.error}
+
+
+def _pack_output_layers(model: torch.nn.Module) -> None:
+    """Packs output layers anew, of which vLLM keeps a packed copy on CPUs.
+
+    One that shares its weight with the embedding is given no weight of its own, so vLLM's reload leaves the copy as it
+    was, and the model answers with new hidden states and old logits.
+    """
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and hasattr(module, "tie_weights"):
+            module.quant_method.process_weights_after_loading(module)
 
 
 class WeightSwap:

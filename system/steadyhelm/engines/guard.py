@@ -2,14 +2,15 @@
 
 Run as a script by path, with nothing imported but the standard library: ``guard.py LOG SCRATCH COMMAND…``. Two pipes
 tie it to the actor, which holds their other ends. Standard input closes when the actor ends, however it ends; then the
-server's process group is ended and ``SCRATCH`` removed. Standard output closes when all of that is over, which is how
-the actor learns of a server that died. A parent-death signal would not do: it follows the thread that started the
+server's process group is ended and ``SCRATCH`` removed. Standard output says the server's process id, then that it has
+ended, and closes when all of its group has. A parent-death signal would not do: it follows the thread that started the
 process and does not reach the server's own children. The guard is nobody's child, because Ray kills the children of the
 actors that it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -41,6 +42,8 @@ def main(log: str, scratch: str, command: list[str]) -> None:
         code = server.poll()
         why = "its actor is gone" if code is None else f"it ended with code {code}"
         output.write(f"engine server {server.pid}: {why}\n".encode())
+    with contextlib.suppress(BrokenPipeError):
+        print("ended", flush=True)
     os.killpg(os.getpgrp(), signal.SIGTERM)
     end = time.monotonic() + GRACE_S
     while _others() and time.monotonic() < end:

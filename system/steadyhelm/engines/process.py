@@ -22,7 +22,9 @@ from steadyhelm.engines import guard
 from steadyhelm.errors import DeadlineError, EngineLostError
 
 HOST = "127.0.0.1"
-TAIL_LINES = 30
+OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Variables that lead to this process's own packages, of which the server's environment has others."""
+TAIL_LINES = 40
 """Lines of the server's log that go into an error's message."""
 POLL_S = 0.25
 """Seconds between two looks at a server that is starting."""
@@ -67,6 +69,7 @@ class EngineProcess:
         self.key = launch.key
         self.scratch = Path(tempfile.mkdtemp(prefix="steadyhelm-engine-", dir=memory_folder(scratch_bytes)))
         self.ended: Future[str] = Future()
+        self._gone = threading.Event()
         self._ready = launch.ready
         self._folder = folder
         self._log = folder / "server.log"
@@ -75,7 +78,7 @@ class EngineProcess:
             [sys.executable, "-P", guard.__file__, str(self._log), str(self.scratch), *launch.command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **launch.environment},
+            env={name: value for name, value in os.environ.items() if name not in OURS} | dict(launch.environment),
         )
         assert self._guard.stdout is not None
         self.pid = int(self._guard.stdout.readline() or 0)
@@ -101,6 +104,7 @@ class EngineProcess:
             try:
                 server._until_ready(end, deadline_s)
             except EngineLostError as error:
+                server._release()
                 if attempt == TRIES or "address already in use" not in str(error).lower():
                     raise
             except BaseException:
@@ -117,9 +121,15 @@ class EngineProcess:
 
     def close(self) -> None:
         """Ends the server with all its processes and removes what it wrote."""
-        self.end()
-        self.ended.result(timeout=guard.GRACE_S * 4)
+        self._release()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _release(self) -> None:
+        """Awaits the end and closes the pipes; the log stays."""
+        self.end()
+        self._gone.wait(guard.GRACE_S * 4)
+        assert self._guard.stdout is not None
+        self._guard.stdout.close()
 
     def tail(self) -> str:
         """The last lines of the server's log."""
@@ -147,14 +157,16 @@ class EngineProcess:
                 )
             time.sleep(POLL_S)
         raise EngineLostError(
-            f"The engine server ended while it started; its log is in {self._log}, its end:\n{self.ended.result()}"
+            f"The engine server ended while it started; its log is {self._log}, which ends:\n{self.ended.result()}"
         )
 
     def _watch(self) -> None:
         assert self._guard.stdout is not None
+        self._guard.stdout.readline()
+        self.ended.set_result(self.tail())
         self._guard.stdout.read()
         self._guard.wait()
-        self.ended.set_result(self.tail())
+        self._gone.set()
 
 
 def memory_folder(num_bytes: int) -> Path:

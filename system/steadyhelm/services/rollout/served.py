@@ -171,6 +171,8 @@ class ServedEngine:
         self._begun = asyncio.Lock()
         self._is_named = False
         self._applying = asyncio.Lock()
+        self._open = asyncio.Event()  # cleared while weights of another attempt are swapped in
+        self._open.set()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -297,8 +299,15 @@ class ServedEngine:
 
     async def _complete(self, request: EngineRequest, sampling: Sampling) -> Completion:
         ask = await asyncio.to_thread(self._ask, request, sampling)
+        await self._open.wait()
         oldest = self._version
         answer = await self._dialect.complete(self._server, ask, self._deadline_s)
+        if answer.finish is FinishReason.LENGTH and len(answer.tokens) < sampling.max_new_tokens:
+            raise DataError(
+                f"prompt {request.prompt_id!r} with {len(request.prompt_tokens)} tokens leaves the server room for "
+                f"{len(answer.tokens)} of {sampling.max_new_tokens} more: raise data.max_prompt_tokens or lower "
+                "rollout.max_new_tokens"
+            )
         return self._completion(request, answer, oldest)
 
     def _ask(self, request: EngineRequest, sampling: Sampling) -> Ask:
@@ -389,6 +398,7 @@ class ServedEngine:
     async def _swap(self, file: Path, digest: str, version: PolicyVersion) -> None:
         other_attempt = version.attempt != self._version.attempt
         if other_attempt:
+            self._open.clear()
             self._interrupt(
                 RetryableError(
                     f"weights {version} of another attempt came while requests of attempt {self._version.attempt} were "
@@ -403,11 +413,13 @@ class ServedEngine:
         except SteadyhelmError as error:
             raise self._give_up(version, str(error)) from error
         self._version = version
+        self._open.set()
 
     def _give_up(self, version: PolicyVersion, why: str) -> EngineLostError:
         """Ends a server whose weights have no name any more."""
         if self._process is not None:
             self._process.end()
+        self._open.set()
         return self._server.lose(f"weights {version} were not swapped in as a whole ({why}), so it must not answer")
 
     def _call(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -1,0 +1,223 @@
+"""What an engine makes of a server that answers wrongly, over a dialect that a test has in its hands."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from steadyhelm.data.types import EngineRequest, FinishReason, PolicyVersion, PromptId, Sampling, WeightsRecord
+from steadyhelm.errors import (
+    CorruptObjectError,
+    DataError,
+    EngineLostError,
+    NonFiniteError,
+    RetryableError,
+)
+from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.models.layout import ModelLayout
+from steadyhelm.models.load import load_model
+from steadyhelm.services.rollout.served import Answer, Ask, ServedEngine
+
+FIRST, NEXT = PolicyVersion(iteration=4, attempt=2), PolicyVersion(iteration=5, attempt=2)
+
+
+class Script:
+    """A dialect that answers as the test says."""
+
+    def __init__(self) -> None:
+        self.version = ""
+        self.asked: list[Ask] = []
+        self.changes: dict[str, Any] = {}
+        self.both = asyncio.Event()
+        self.wait = asyncio.Event()
+        self.wait.set()
+        self.stage_error: Exception | None = None
+        self.swap_error: Exception | None = None
+        self.staged = b""
+
+    async def name_weights(self, server: Any, version: PolicyVersion) -> None:
+        self.version = str(version)
+
+    async def complete(self, server: Any, ask: Ask, deadline_s: float) -> Answer:
+        self.asked.append(ask)
+        if len(self.asked) == 2:
+            self.both.set()
+        label = self.version
+        await self.wait.wait()
+        answer = Answer(
+            tokens=[9, 10, 2],
+            logprobs=[-1.0, -2.0, -0.5],
+            spans=((label, 0, 3),),
+            finish=FinishReason.STOP,
+            prompt_length=ask.expanded,
+        )
+        return replace(answer, **self.changes)
+
+    async def stage(self, server: Any, file: Path, digest: str) -> None:
+        self.staged = await asyncio.to_thread(file.read_bytes)
+        if self.stage_error:
+            raise self.stage_error
+
+    async def swap(self, server: Any, file: Path, digest: str, version: PolicyVersion, *, abort: bool) -> None:
+        if self.swap_error:
+            raise self.swap_error
+        self.version = str(version)
+
+
+class Process:
+    """What the engine knows of its server's process."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.key, self.scratch, self.ended, self.ends = "", scratch, Future(), 0
+
+    def end(self) -> None:
+        self.ends += 1
+
+    close = end
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Process:
+    return Process(tmp_path)
+
+
+@pytest.fixture
+async def engine(script: Script, process: Process, tiny_model: Path) -> AsyncIterator[ServedEngine]:
+    tensors = dict(load_model(tiny_model, dtype="float32").state_dict())
+    made = ServedEngine(
+        "http://127.0.0.1:9",
+        process=process,
+        dialect=script,
+        encoder=PromptEncoder(tiny_model, min_pixels=3136, max_pixels=100352),
+        layout=ModelLayout(tiny_model, dtype="float32"),
+        version=FIRST,
+        fetch=lambda _: tensors,
+        deadline_s=5.0,
+    )
+    yield made
+    await made.close()
+
+
+def request(*tokens: int) -> EngineRequest:
+    return EngineRequest(
+        prompt_id=PromptId("0:1"), prompt_tokens=np.asarray(tokens or (20, 21), np.int32), images=(), seed=1
+    )
+
+
+def record(version: PolicyVersion) -> WeightsRecord:
+    return WeightsRecord(version=version, objects=(), checksum="")
+
+
+async def sample(engine: ServedEngine, *requests: EngineRequest) -> list[Any]:
+    return [done async for done in engine.generate(requests or [request()], Sampling(max_new_tokens=3))]
+
+
+async def test_versions_of_tokens_are_the_spans_of_the_answer(engine: ServedEngine, script: Script) -> None:
+    script.changes = {"spans": (("4.2", 0, 1), ("5.2", 1, 3))}
+    (done,) = await sample(engine)
+    assert done.versions.tolist() == [4, 5, 5]
+    assert done.attempt == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"spans": (("default", 0, 3),)},  # weights that nobody named
+        {"spans": (("3.2", 0, 3),)},  # stale
+        {"spans": (("5.2", 0, 1), ("4.2", 1, 3))},  # back again
+        {"spans": (("4.2", 0, 2),)},  # a token of no version
+        {"spans": ()},
+        {"logprobs": [-1.0, -2.0]},
+    ],
+)
+async def test_answers_of_weights_that_are_not_the_named_ones_lose_the_server(
+    engine: ServedEngine, script: Script, changes: dict[str, Any]
+) -> None:
+    script.changes = changes
+    with pytest.raises(EngineLostError):
+        await sample(engine)
+    script.changes = {}
+    with pytest.raises(EngineLostError):
+        await engine.health()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"finish": FinishReason.ABORT}, RetryableError),
+        ({"tokens": [], "logprobs": [], "spans": ()}, RetryableError),
+        ({"spans": (("4.3", 0, 3),)}, RetryableError),
+        ({"logprobs": [-1.0, -9999.0, -0.5]}, NonFiniteError),
+        ({"logprobs": [-1.0, float("nan"), -0.5]}, NonFiniteError),
+        ({"prompt_length": 7}, DataError),
+    ],
+)
+async def test_other_wrong_answers_are_errors_of_their_request(
+    engine: ServedEngine, script: Script, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    script.changes = changes
+    with pytest.raises(error) as caught:
+        await sample(engine)
+    assert not isinstance(caught.value, EngineLostError)
+    script.changes = {}
+    assert len(await sample(engine)) == 1
+
+
+async def test_bad_requests_never_reach_the_server(engine: ServedEngine, script: Script) -> None:
+    for bad in (request(20, 99999), request(-1), request(6), replace(request(), prompt_tokens=np.zeros(0, np.int32))):
+        with pytest.raises(DataError, match="0:1"):
+            await sample(engine, bad)
+    assert script.asked == []
+
+
+async def test_weights_that_the_server_cannot_read_leave_the_old_ones_serving(
+    engine: ServedEngine, script: Script, process: Process
+) -> None:
+    script.stage_error = CorruptObjectError("digest")
+    with pytest.raises(CorruptObjectError):
+        await engine.apply_weights(record(NEXT))
+    assert engine.version == FIRST
+    assert (await sample(engine))[0].versions.tolist() == [4, 4, 4]
+    assert list(process.scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [EngineLostError("half"), DataError("400"), RetryableError("500")])
+async def test_a_swap_that_fails_ends_the_server(
+    engine: ServedEngine, script: Script, process: Process, error: Exception
+) -> None:
+    script.swap_error = error
+    with pytest.raises(EngineLostError, match=r"weights 5\.2 were not swapped in as a whole"):
+        await engine.apply_weights(record(NEXT))
+    assert process.ends == 1
+    assert engine.version == FIRST
+    with pytest.raises(EngineLostError, match="as a whole"):
+        await engine.health()
+
+
+async def test_a_server_that_is_lost_sends_back_what_is_in_flight(
+    engine: ServedEngine, script: Script, process: Process
+) -> None:
+    script.wait.clear()
+    work = asyncio.create_task(sample(engine, request(), replace(request(), prompt_id=PromptId("0:2"))))
+    await script.both.wait()
+    engine._server.lose("its process ended")
+    with pytest.raises(EngineLostError, match="its process ended"):
+        await asyncio.wait_for(work, 5)
+
+
+async def test_weights_are_written_once_under_the_names_of_model_folders(
+    engine: ServedEngine, script: Script, tiny_model: Path
+) -> None:
+    await engine.apply_weights(record(NEXT))
+    assert b"embed_tokens.weight" in script.staged
+    assert b"lm_head.weight" not in script.staged  # it is the embedding
+    assert len(script.staged) < (tiny_model / "model.safetensors").stat().st_size * 1.1
