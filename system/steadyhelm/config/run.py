@@ -11,6 +11,7 @@ from steadyhelm.config.base import CodeRef, Count, Part, Seconds
 from steadyhelm.config.engine import Engine, TransformersEngine
 from steadyhelm.config.place import parse_place
 from steadyhelm.config.reward import Reward
+from steadyhelm.config.weights import StoreTransport, Weights
 from steadyhelm.errors import ConfigError
 
 
@@ -225,6 +226,8 @@ class RunFile(Part):
     """Scores of completions."""
     learner: Learner = Learner()
     """Optimisation."""
+    weights: Weights = StoreTransport()
+    """How published weights reach the engines."""
     schedule: Schedule
     """Length and rhythm."""
     store: Store = Store()

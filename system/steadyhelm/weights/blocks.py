@@ -135,6 +135,6 @@ def decode(flat: Flat, block: Block, code: memoryview, models: Models, place: st
     state = np.zeros(6, np.uint64)
     kernels.start(words, changes, state)
     for view in views:
-        coder.decode(view, model.weights, model.contexts, model.slots, words, state, mine.sums)
+        coder.decode(view, model.weights, model.rows, model.slots, words, state, mine.sums)
     if state[2] != len(words) - kernels.PADDING or state[3]:
         raise CorruptObjectError(f"{place} has a block that ends too early or too late: {_REMEDY}")

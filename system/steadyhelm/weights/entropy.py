@@ -53,14 +53,19 @@ class ChangeModel:
         return ends - self.frequencies
 
     @cached_property
+    def rows(self) -> NDArray[np.uint32]:
+        """[256]: where in ``slots`` the row of a class begins."""
+        return self.contexts.astype(np.uint32) * np.uint32(_TOTAL)
+
+    @cached_property
     def slots(self) -> NDArray[np.uint32]:
-        """[rows, 2^11]: what ``kernels.apply`` looks a slot up in."""
+        """[rows · 2^11]: what ``Coder.decode`` looks a row's slot up in."""
         table = np.empty((len(self.frequencies), _TOTAL), np.uint32)
         for row, (frequencies, starts) in enumerate(zip(self.frequencies, self.starts, strict=True)):
             tokens = np.repeat(np.arange(TOKENS), frequencies)
             inside = np.arange(_TOTAL) - starts[tokens]
             table[row] = tokens | (frequencies[tokens].astype(np.int64) - 1) << 7 | inside << (7 + TOKEN_BITS)
-        return table
+        return table.reshape(-1)
 
     def to_bytes(self) -> bytes:
         """The model in as many bytes as it takes: what is 0 or 1 in most places is left out."""

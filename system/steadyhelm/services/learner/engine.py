@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from steadyhelm.config.run import Learner
 from steadyhelm.errors import ConfigError
+from steadyhelm.weights.layout import Layout
 
 GATHER_NUMEL = 1 << 28
 """Elements of ZeRO-3 parameters that are gathered at once for publishing."""
@@ -148,8 +149,13 @@ class TrainEngine:
         gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by name, whole and in ``dtype``; rank 0 gets them all, the others none.
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """Names and shapes of what ``weights`` yields, the same on all ranks."""
+        parameters = self._policy.named_parameters()
+        return Layout.from_specs((name, dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in parameters)
+
+    def weights(self, dtype: torch.dtype, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters in ``names``, which need not be the same on all ranks: each whole and in ``dtype``.
 
         Tied parameters come once, under their first name. Under ZeRO-3 a tensor is valid until the next is asked for.
         """
@@ -159,7 +165,7 @@ class TrainEngine:
             gathered = self._deepspeed.zero.GatheredParameters(tensors, enabled=self.stage == 3)
             with gathered, torch.no_grad():
                 for name, parameter in part:
-                    if self.rank == 0:
+                    if name in names:
                         yield name, parameter.detach().to(dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from steadyhelm.store.records import from_json, to_json
 from steadyhelm.telemetry import collect, span
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.weights.named import named_weights
-from steadyhelm.weights.store import StoreWeights
+from steadyhelm.weights.store import Share, StoreWeights
 
 T = TypeVar("T")
 
@@ -67,7 +67,6 @@ class LearnerRank:
         self._spec = spec
         self._rank = rank
         self._store = open_store(spec.store_uri)
-        self._weights = StoreWeights(self._store)
         torch.manual_seed(run.seed + rank)
         self._encoder = PromptEncoder(
             spec.model_folder,
@@ -87,6 +86,12 @@ class LearnerRank:
         )
         self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype, exact_stage=spec.exact_stage)
         self._training = Training(self._engine, self._encoder, run)
+        self._share = Share(
+            layout=self._engine.layout(_DTYPES[run.model.dtype]), index=rank, count=world_size, exchange=_exchange
+        )
+        self._weights = StoreWeights(
+            self._store, anchor_every=run.weights.anchor_every, threads=run.runtime.threads, share=self._share
+        )
         self._pristine = True
 
     def restore(self, record: CheckpointRecord | None) -> Served[None]:
@@ -114,13 +119,12 @@ class LearnerRank:
         return Served(value=None, spans=tuple(spans), metrics=metrics)
 
     def publish(self, version: PolicyVersion, key: str, known: WeightsRecord | None = None) -> Served[WeightsRecord]:
-        """Puts the weights in ``model.dtype`` under ``key``, unless ``known`` has their checksum. Raises StoreError."""
+        """Puts the weights in ``model.dtype`` under ``key``, unless ``known`` has their checksum. Raises StoreError.
+
+        Every rank puts its share.
+        """
         with collect() as spans, span("learner", "publish"):
-            tensors = self._whole_weights()
-            record = self._from_rank_0(
-                lambda: to_json(self._weights.publish(version, key, tensors, known)),
-                lambda found: from_json(WeightsRecord, found, "rank 0's weights"),
-            )
+            record = self._weights.publish(version, key, self._whole_weights(self._share.names), known)
         size = float(sum(ref.num_bytes for ref in record.objects))
         return Served(value=record, spans=tuple(spans), metrics={names.WEIGHTS_BYTES: size})
 
@@ -133,7 +137,8 @@ class LearnerRank:
     def export(self, key: str) -> Served[tuple[ObjectRef, ...]]:
         """Puts a Hugging Face model folder in ``model.dtype`` under ``key``. Raises StoreError."""
         with collect() as spans, span("learner", "export"):
-            tensors = self._whole_weights()
+            every = {spec.name for spec in self._share.layout.specs}
+            tensors = self._whole_weights(every if self._rank == 0 else ())
             refs = self._from_rank_0(
                 lambda: [to_json(ref) for ref in self._put_model(key, tensors)],
                 lambda found: tuple(from_json(ObjectRef, ref, "rank 0's model") for ref in found),
@@ -159,12 +164,12 @@ class LearnerRank:
         logits = run.learner.micro_batch * run.rollout.max_new_tokens * self._encoder.vocab_size * 4
         return max(1, -(-logits // LOGIT_BYTES))
 
-    def _whole_weights(self) -> dict[str, torch.Tensor]:
-        """The policy's weights by the model's names on rank 0, nothing on the others."""
-        dtype = _DTYPES[self._spec.run.model.dtype]
+    def _whole_weights(self, names: Container[str]) -> dict[str, torch.Tensor]:
+        """Those of the policy's weights, by the model's names; all ranks call it together."""
+        weights = self._engine.weights(_DTYPES[self._spec.run.model.dtype], names)
         # Under ZeRO-3 a gathered tensor is only lent
         lent = self._engine.stage == 3
-        return {name: tensor.cpu().clone() if lent else tensor.cpu() for name, tensor in self._engine.weights(dtype)}
+        return {name: tensor.cpu().clone() if lent else tensor.cpu() for name, tensor in weights}
 
     def _from_rank_0(self, work: Callable[[], Any], read: Callable[[Any], T]) -> T:
         """What ``read`` makes of rank 0's JSON-able answer; all ranks return it, or raise what it raises."""
@@ -182,6 +187,10 @@ class LearnerRank:
                 if file.is_file() and not target.exists() and not file.name.endswith(_WEIGHT_SUFFIXES):
                     shutil.copyfile(file, target)
             return put_folder(self._store, key, Path(scratch))
+
+
+def _exchange(work: Callable[[], str]) -> list[str]:
+    return collectives.texts(collectives.together(work))
 
 
 def _switch_dropout_off(model: torch.nn.Module) -> None:

@@ -47,7 +47,7 @@ class RolloutSpec:
     """What a rollout worker is built from, in whatever process.
 
     ``folder`` is the model folder of the run's starting point, ``version`` the policy version that its weights are;
-    ``device`` a torch device name.
+    ``device`` a torch device name, ``threads`` how many work on new weights.
 
     Example: ``RolloutSpec(model=run.model, data=run.data, rollout=run.rollout, folder="runs/x/model",
     store_uri="runs", version=PolicyVersion(iteration=0, attempt=1))``
@@ -60,6 +60,7 @@ class RolloutSpec:
     store_uri: str
     version: PolicyVersion
     device: str = "cpu"
+    threads: int = 1
 
     @classmethod
     def of(
@@ -74,6 +75,7 @@ class RolloutSpec:
             store_uri=store_uri,
             version=version,
             device=device,
+            threads=run.runtime.threads,
         )
 
 
@@ -90,7 +92,7 @@ def make_encoder(folder: str, model: Model, data: Data, store: ObjectStore) -> P
 
 def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -> RolloutEngine:
     """The engine that the run file names. Raises ModelError, ConfigError, EngineLostError, DeadlineError."""
-    fetch = StoreWeights(store).fetch
+    fetch = StoreWeights(store, threads=spec.threads).fetch
     engine = spec.rollout.engine
     match engine.type:
         case "transformers":

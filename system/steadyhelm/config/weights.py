@@ -1,0 +1,20 @@
+"""How published weights travel from the learner to the engines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from steadyhelm.config.base import Count, Part
+
+
+class StoreTransport(Part):
+    """Weights through the object store: lossless deltas, and all of them now and then."""
+
+    type: Literal["store"] = "store"
+    """Discriminator."""
+    anchor_every: Count = 20
+    """Versions from one that is stored whole (an anchor) to the next; those in between are stored as the difference to
+    the version before. 1 stores each one whole, and saves learner and engines a copy of the weights in memory."""
+
+
+Weights = StoreTransport
