@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from steadyhelm.data.types import Completion, EngineRequest, FinishReason, PolicyVersion, Sampling
 from steadyhelm.errors import NonFiniteError
@@ -23,6 +22,7 @@ from steadyhelm.models.batch import ModelBatch, TokenSequence, collate
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import decoder_of, output_layer_of
 from steadyhelm.models.logprobs import policy_logits
+from steadyhelm.models.pretrained import Cache, DynamicLayer
 from steadyhelm.models.sampling import draw, uniforms
 
 _GROWTH = 128

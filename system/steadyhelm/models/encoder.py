@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from steadyhelm.data.types import ImageKey
 from steadyhelm.errors import DataError, ModelError
 from steadyhelm.models.folder import VOCABULARIES
 from steadyhelm.models.images import CACHE_BYTES, ImageArrays, ImageCache, ImageFetch
 from steadyhelm.models.load import is_multimodal, load_config
+from steadyhelm.models.pretrained import AutoTokenizer
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for pictures: legal in a prompt, never in a completion."""

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from steadyhelm.data.types import ImageKey
 from steadyhelm.errors import DataError, ModelError
+from steadyhelm.models.pretrained import AutoImageProcessor
 
 ImageFetch = Callable[[ImageKey], bytes]
 """Encoded bytes of an image by its key."""

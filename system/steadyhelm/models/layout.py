@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from steadyhelm.data.types import PolicyVersion
 from steadyhelm.errors import ModelError
 from steadyhelm.models.load import DTYPES, is_multimodal, load_config
+from steadyhelm.models.pretrained import AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 class ModelLayout:

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.utils.logging import disable_progress_bar
 
 from steadyhelm.errors import ModelError
 from steadyhelm.models.folder import require_config, require_weights
+from steadyhelm.models.pretrained import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    disable_progress_bar,
+)
 
 MROPE_MODELS = ("qwen2_vl", "qwen2_5_vl")
 """Multimodal model types whose three-part rotary positions ``models.batch`` computes."""

@@ -69,6 +69,8 @@ def model(place: RunPlace) -> tuple[ObjectRef, ...]:
 
     Raises ConfigError where the factory fails, ModelError where it writes nothing that is a model.
     """
+    import steadyhelm.models.pretrained  # noqa: F401 - before the factory imports more of Transformers than we do
+
     assert place.run.model.factory is not None
     with tempfile.TemporaryDirectory(prefix="steadyhelm-model-") as scratch:
         folder = Path(scratch) / "model"
