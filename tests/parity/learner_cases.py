@@ -110,6 +110,7 @@ def cases():
         ),
         "strange-prefix": case(run_file(freeze=["visual"]), worlds=(1,)),
         "export": case(run_file(), ["step", "1"], ["publish", None], ["export", None], worlds=(1,)),
+        "local": case({**run_file(zero_stage=3), "weights": {"type": "local"}}, ["publish", None]),
         "export-3": case(run_file(zero_stage=3), ["step", "1"], ["publish", None], ["export", None], worlds=(2,)),
     }
     return found

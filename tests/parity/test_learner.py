@@ -16,6 +16,7 @@ from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.oracle import Oracle, unpadded_logprobs
 from steadyhelm.weights.checksum import set_checksum
 from steadyhelm.weights.codec import decode
+from steadyhelm.weights.local import LocalWeights, sweep
 from steadyhelm.weights.named import named_weights
 from steadyhelm.weights.store import StoreWeights
 
@@ -151,6 +152,17 @@ def test_two_iterations_are_those_of_the_one_process_oracle(group, oracle, name,
             assert found[names.PRE_CLIP_HITS] * tokens == pytest.approx(result.pre_clip_hits)
     found = weights(group, published["record"])
     assert distance(moved(group, found), moved(group, expected)) < 1e-4
+
+
+def test_ranks_write_the_weights_into_one_file_in_shared_memory(group):
+    expected = start_weights(group)
+    for ranks in (1, 2):
+        (published,) = group.answers[ranks]["local"]
+        assert len(published["record"]["objects"]) == 1
+        found = LocalWeights(group.inputs.store).fetch(from_json(WeightsRecord, published["record"], "answer"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    sweep()  # the ranks have ended without a word
 
 
 def test_recomputed_activations_change_nothing(group):

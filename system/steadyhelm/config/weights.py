@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from steadyhelm.config.base import Count, Part
 
@@ -17,4 +19,15 @@ class StoreTransport(Part):
     the version before. 1 stores each one whole, and saves learner and engines a copy of the weights in memory."""
 
 
-Weights = StoreTransport
+class LocalTransport(Part):
+    """Weights through shared memory, for a learner and engines on one machine that see the same ``/dev/shm``.
+
+    It has to hold two versions. Nothing but a notice goes to the store; a run that is resumed publishes anew.
+    """
+
+    type: Literal["local"] = "local"
+    """Discriminator."""
+
+
+Weights = Annotated[StoreTransport | LocalTransport, Field(discriminator="type")]
+"""How weights travel; ``type`` says which way."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from steadyhelm.engines import guard
 from steadyhelm.errors import DeadlineError, EngineLostError
+from steadyhelm.store.memory import memory_folder
 
 HOST = "127.0.0.1"
 OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -167,14 +168,6 @@ class EngineProcess:
         self._guard.stdout.read()
         self._guard.wait()
         self._gone.set()
-
-
-def memory_folder(num_bytes: int) -> Path:
-    """A folder for files of ``num_bytes`` in all: in memory where there is room twice over, else on disk."""
-    shared = Path("/dev/shm")  # noqa: S108
-    if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2 * num_bytes:
-        return shared
-    return Path(tempfile.gettempdir())
 
 
 def _free_port() -> int:

@@ -201,6 +201,7 @@ def _train(config: dict[str, Any]) -> None:
         if command is None:
             continue
         if command.name == "stop":
+            serving.close()
             return
         ray.get(mailbox.post.remote(incarnation, rank, number, serving.outcome(command)), timeout=deadline_s)
         number += 1
@@ -212,6 +213,11 @@ class _Rank:
     def __init__(self, rank: int, world: int) -> None:
         self._rank, self._world = rank, world
         self._learner: Any = None
+
+    def close(self) -> None:
+        """Ends the learner."""
+        if self._learner is not None:
+            self._learner.close()
 
     def outcome(self, command: Command) -> Outcome:
         """What the rank's call comes to."""

@@ -26,7 +26,7 @@ class WeightSync(Protocol):
     ) -> WeightsRecord:
         """Puts ``tensors`` under the prefix ``key``. Raises StoreError.
 
-        Where ``known`` has their checksum, nothing is put and ``known`` is the answer.
+        Where ``known`` has their checksum and can still be fetched, it may be the answer, and nothing is put.
         """
         ...
 
@@ -35,4 +35,8 @@ class WeightSync(Protocol):
 
         Raises ObjectMissingError, CorruptObjectError.
         """
+        ...
+
+    def close(self) -> None:
+        """Gives up what it holds outside of its process."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,29 +45,42 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
     """The parts of a safetensors file, to be written one after the other; names keep the mapping's order."""
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    parts: list[memoryview] = []
-    offset = 0
-    for name, tensor in tensors.items():
-        part = tensor_bytes(tensor)
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + part.nbytes],
-        }
-        parts.append(part)
-        offset += part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [memoryview(_LENGTH.pack(len(text)) + text), *parts]
+    specs = ((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    head, _ = header(specs, metadata)
+    return [memoryview(head), *map(tensor_bytes, tensors.values())]
 
 
-def decode(buffer: memoryview | bytes, place: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors, in memory of their own, and the metadata of a safetensors file.
+def header(
+    specs: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file begins with, and at which of its bytes each tensor begins.
 
     Args:
-        buffer: the file's bytes.
+        specs: name, type and shape of each tensor, in the order of their bytes.
+        metadata: goes into the header.
+    """
+    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    begins: dict[str, int] = {}
+    offset = 0
+    for name, dtype, shape in specs:
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        begins[name], offset = offset, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = _LENGTH.pack(len(text)) + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}
+
+
+def decode(
+    buffer: memoryview | bytes, place: str, *, copy: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Args:
+        buffer: the file's bytes; writable where ``copy`` is False.
         place: the object's key, for the error's message.
+        copy: whether the tensors have memory of their own; else they are views of ``buffer`` and keep it alive.
 
     Raises:
         CorruptObjectError: the bytes are not a complete safetensors file.
@@ -76,10 +89,10 @@ def decode(buffer: memoryview | bytes, place: str) -> tuple[dict[str, torch.Tens
     try:
         (length,) = _LENGTH.unpack_from(view)
         start = _LENGTH.size + length
-        header = json.loads(bytes(view[_LENGTH.size : start]))
-        metadata = header.pop(_METADATA, {})
+        entries = json.loads(bytes(view[_LENGTH.size : start]))
+        metadata = entries.pop(_METADATA, {})
         body = view[start:]
-        tensors = {name: _tensor(entry, body) for name, entry in header.items()}
+        tensors = {name: _tensor(entry, body, copy) for name, entry in entries.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) != body.nbytes:
             raise ValueError("bytes that belong to no tensor")
     except (struct.error, ValueError, KeyError, TypeError) as error:
@@ -89,13 +102,16 @@ def decode(buffer: memoryview | bytes, place: str) -> tuple[dict[str, torch.Tens
     return tensors, metadata
 
 
-def _tensor(entry: Mapping[str, Any], body: memoryview) -> torch.Tensor:
+def _tensor(entry: Mapping[str, Any], body: memoryview, copy: bool) -> torch.Tensor:
     first, last = entry["data_offsets"]
     shape: Sequence[int] = entry["shape"]
-    tensor = torch.empty(shape, dtype=DTYPES[entry["dtype"]])
-    if not 0 <= first <= last <= body.nbytes or last - first != math.prod(shape) * tensor.element_size():
+    dtype, numel = DTYPES[entry["dtype"]], math.prod(shape)
+    if not 0 <= first <= last <= body.nbytes or last - first != numel * dtype.itemsize:
         raise ValueError(f"offsets {first} to {last} do not fit shape {list(shape)}")
-    if tensor.numel():
+    if numel and not copy:
+        return torch.frombuffer(body, dtype=dtype, count=numel, offset=first).reshape(shape)
+    tensor = torch.empty(shape, dtype=dtype)
+    if numel:
         target = tensor.reshape(-1).view(torch.uint8).numpy()
         np.copyto(target, np.frombuffer(body[first:last], dtype=np.uint8))
     return tensor

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -30,6 +29,7 @@ from steadyhelm.weights.checksum import combined, digest, in_threads
 from steadyhelm.weights.delta import Delta, check_parts
 from steadyhelm.weights.entropy import ChangeModel
 from steadyhelm.weights.layout import Block, Layout, flat_words
+from steadyhelm.weights.share import Share
 
 T = TypeVar("T")
 
@@ -40,39 +40,6 @@ READERS = 8
 
 ANCHOR_EVERY = 20
 """Versions from one anchor to the next."""
-
-Exchange = Callable[[Callable[[], str]], list[str]]
-"""Runs some work on every rank and answers with all ranks' texts in order; where it fails on one, all raise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """The part of a set that one of ``count`` publishing ranks puts: the ``index``-th range of the layout's blocks.
-
-    All ranks call ``publish`` together, each with the tensors in ``names``, and get the same record.
-    """
-
-    layout: Layout
-    index: int = 0
-    count: int = 1
-    exchange: Exchange = field(default=lambda work: [work()])
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks of this part."""
-        mine = self.layout.part(self.index, self.count)
-        return self.layout.blocks[mine.start : mine.stop]
-
-    @cached_property
-    def anchored(self) -> frozenset[str]:
-        """The tensors that this part's anchors hold: whose first element is in its blocks. Empty ones are rank 0's."""
-        begun = {segment.name for block in self.blocks for segment in block.segments if segment.start == 0}
-        return frozenset(begun | {spec.name for spec in self.layout.specs if not self.index and 0 in spec.shape})
-
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """The tensors that this part's publisher needs."""
-        return self.anchored | {segment.name for block in self.blocks for segment in block.segments}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +138,9 @@ class StoreWeights:
                 start, steps = self._way(record, None)
         self._held = self._follow(self._anchor(start), steps, record)
         return dict(self._held.tensors)
+
+    def close(self) -> None:
+        """Nothing: what it put is the store's."""
 
     def _continues(self, base: _Held, version: PolicyVersion, layout: Layout) -> bool:
         """Whether the next version may be a delta to ``base``."""

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from steadyhelm.engines.process import EngineProcess, Launch, memory_folder
+from steadyhelm.engines.process import EngineProcess, Launch
 from steadyhelm.errors import DeadlineError, EngineLostError
+from steadyhelm.store.memory import memory_folder
 
 SERVER = """
 import http.server, os, subprocess, sys, time

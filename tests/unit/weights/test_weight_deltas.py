@@ -1,6 +1,5 @@
 """Deltas through the object store: chains, newcomers, gaps, shares, and what is refused."""
 
-import threading
 from dataclasses import replace
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 from steadyhelm.errors import CorruptObjectError, ObjectMissingError, StoreError
 from steadyhelm.testing.memory_store import MemoryStore
 from steadyhelm.weights.delta import Delta
-from steadyhelm.weights.layout import BLOCK, Layout
-from steadyhelm.weights.store import Share, StoreWeights
+from steadyhelm.weights.layout import Layout
+from steadyhelm.weights.store import StoreWeights
 
-from tests.unit.weights.versions import copied, key, same_bits, small_set, stepped, version
+from tests.unit.weights.versions import Ranks, copied, key, large_set, same_bits, small_set, stepped, version
 
 
 class Run:
@@ -212,65 +211,14 @@ def test_another_set_of_tensors_and_every_version_where_that_is_asked_for_are_an
     assert [record.base for record in Run(4, anchor_every=1).records] == [None] * 4
 
 
-def large_set():
-    generator = torch.Generator().manual_seed(5)
-    return {
-        "a": torch.randn(70, 10, generator=generator).bfloat16(),
-        "b": torch.randn(2 * BLOCK + 11, generator=generator).bfloat16(),
-        "c": torch.zeros(0),
-        "d": torch.randn(BLOCK // 2, generator=generator),
-        "e": torch.arange(9),
-    }
-
-
-class Ranks:
-    """Publishers that work together in threads, like the ranks of a learner."""
-
-    def __init__(self, store, layout, count):
-        self._barrier = threading.Barrier(count, timeout=60)
-        self._told = [""] * count
-        self._failed = [False] * count
-        self.shares = [
-            Share(layout=layout, index=index, count=count, exchange=lambda work, index=index: self._tell(work, index))
-            for index in range(count)
-        ]
-        self.publishers = [StoreWeights(store, share=share) for share in self.shares]
-
-    def _tell(self, work, index):
-        self._failed[index] = True
-        try:
-            self._told[index] = work()
-            self._failed[index] = False
-        finally:
-            self._barrier.wait()
-            told, failed = list(self._told), any(self._failed)
-            self._barrier.wait()
-        if failed:
-            raise StoreError("another rank failed")
-        return told
-
-    def publish(self, of, tensors):
-        answers = [None] * len(self.publishers)
-
-        def one(index):
-            own = {name: tensors[name] for name in self.shares[index].names}
-            try:
-                answers[index] = self.publishers[index].publish(of, key(of), own)
-            except StoreError as error:
-                answers[index] = error
-
-        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(answers))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return answers
+def store_ranks(store, tensors, count):
+    return Ranks(Layout.of(tensors), count, lambda share: StoreWeights(store, share=share))
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_ranks_that_put_a_part_each_make_the_same_version_as_one_alone(count):
     store, tensors = MemoryStore(), large_set()
-    ranks, alone, reader = Ranks(store, Layout.of(tensors), count), StoreWeights(MemoryStore()), StoreWeights(store)
+    ranks, alone, reader = store_ranks(store, tensors, count), StoreWeights(MemoryStore()), StoreWeights(store)
     for iteration in range(3):
         records = ranks.publish(version(iteration), tensors)
         assert all(record == records[0] for record in records)
@@ -283,7 +231,7 @@ def test_ranks_that_put_a_part_each_make_the_same_version_as_one_alone(count):
 
 def test_where_one_rank_cannot_put_its_part_all_of_them_fail_and_anchor_the_next_version():
     store, tensors = MemoryStore(), large_set()
-    ranks = Ranks(store, Layout.of(tensors), 3)
+    ranks = store_ranks(store, tensors, 3)
     ranks.publish(version(0), tensors)
     store.fail("*delta-0001", error=StoreError("the disk is full"))
     answers = ranks.publish(version(1), stepped(tensors, 1))
@@ -293,7 +241,7 @@ def test_where_one_rank_cannot_put_its_part_all_of_them_fail_and_anchor_the_next
 
 def test_parts_of_two_deltas_do_not_mix():
     store, tensors = MemoryStore(), large_set()
-    ranks = Ranks(store, Layout.of(tensors), 2)
+    ranks = store_ranks(store, tensors, 2)
     records = [ranks.publish(version(0), tensors)[0]]
     for iteration in (1, 2):
         tensors = stepped(tensors, iteration, size=1e-2)

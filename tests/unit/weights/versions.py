@@ -1,8 +1,13 @@
 """Sets of tensors that change from version to version, and how to compare them bit by bit."""
 
+import threading
+
 import numpy as np
 import torch
 from steadyhelm.data.types import PolicyVersion
+from steadyhelm.errors import SteadyhelmError, StoreError
+from steadyhelm.weights.layout import BLOCK
+from steadyhelm.weights.share import Share
 
 FLOATS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -71,3 +76,58 @@ def adam_like(count, seed=0, dtype=torch.bfloat16, deviation=0.02, lr=1e-6):
     master = torch.randn(count, generator=generator) * deviation
     update = (torch.randn(count, generator=generator) * 0.5).clamp(-1, 1) * lr
     return master.to(dtype), (master + update).to(dtype)
+
+
+def large_set():
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "a": torch.randn(70, 10, generator=generator).bfloat16(),
+        "b": torch.randn(2 * BLOCK + 11, generator=generator).bfloat16(),
+        "c": torch.zeros(0),
+        "d": torch.randn(BLOCK // 2, generator=generator),
+        "e": torch.arange(9),
+    }
+
+
+class Ranks:
+    """Publishers that ``make`` makes of shares, at work together in threads like the ranks of a learner."""
+
+    def __init__(self, layout, count, make):
+        self._barrier = threading.Barrier(count, timeout=60)
+        self._told = [""] * count
+        self._failed = [False] * count
+        self.shares = [
+            Share(layout=layout, index=index, count=count, exchange=lambda work, index=index: self._tell(work, index))
+            for index in range(count)
+        ]
+        self.publishers = [make(share) for share in self.shares]
+
+    def _tell(self, work, index):
+        self._failed[index] = True
+        try:
+            self._told[index] = work()
+            self._failed[index] = False
+        finally:
+            self._barrier.wait()
+            told, failed = list(self._told), any(self._failed)
+            self._barrier.wait()
+        if failed:
+            raise StoreError("another rank failed")
+        return told
+
+    def publish(self, of, tensors):
+        answers = [None] * len(self.publishers)
+
+        def one(index):
+            own = {name: tensors[name] for name in self.shares[index].names}
+            try:
+                answers[index] = self.publishers[index].publish(of, key(of), own)
+            except SteadyhelmError as error:
+                answers[index] = error
+
+        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(answers))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return answers

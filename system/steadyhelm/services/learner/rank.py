@@ -29,7 +29,8 @@ from steadyhelm.store.records import from_json, to_json
 from steadyhelm.telemetry import collect, span
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.weights.named import named_weights
-from steadyhelm.weights.store import Share, StoreWeights
+from steadyhelm.weights.share import Share
+from steadyhelm.weights.transports import make_sync
 
 T = TypeVar("T")
 
@@ -89,9 +90,7 @@ class LearnerRank:
         self._share = Share(
             layout=self._engine.layout(_DTYPES[run.model.dtype]), index=rank, count=world_size, exchange=_exchange
         )
-        self._weights = StoreWeights(
-            self._store, anchor_every=run.weights.anchor_every, threads=run.runtime.threads, share=self._share
-        )
+        self._weights = make_sync(run.weights, self._store, threads=run.runtime.threads, share=self._share)
         self._pristine = True
 
     def restore(self, record: CheckpointRecord | None) -> Served[None]:
@@ -144,6 +143,10 @@ class LearnerRank:
                 lambda found: tuple(from_json(ObjectRef, ref, "rank 0's model") for ref in found),
             )
         return Served(value=refs, spans=tuple(spans))
+
+    def close(self) -> None:
+        """Gives up what it holds outside of its process. It is of no use afterwards."""
+        self._weights.close()
 
     def _load(self) -> Any:
         run = self._spec.run

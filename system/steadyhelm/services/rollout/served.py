@@ -32,7 +32,7 @@ from steadyhelm.data.types import (
     WeightsRecord,
 )
 from steadyhelm.engines.http import EngineServer
-from steadyhelm.engines.process import EngineProcess, Plan, memory_folder
+from steadyhelm.engines.process import EngineProcess, Plan
 from steadyhelm.errors import (
     DataError,
     DeadlineError,
@@ -43,7 +43,9 @@ from steadyhelm.errors import (
 )
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
+from steadyhelm.store.memory import memory_folder
 from steadyhelm.weights.codec import encode
+from steadyhelm.weights.local import MappedTensors
 
 T = TypeVar("T")
 
@@ -384,11 +386,16 @@ class ServedEngine:
     def _write(self, weights: WeightsRecord) -> tuple[Path, str]:
         """The weights as a file for the server, with its digest."""
         with telemetry.span("rollout", "fetch weights"):
-            tensors = self._layout.distinct(self._fetch(weights), weights.version)
+            found = self._fetch(weights)
+            tensors = self._layout.distinct(found, weights.version)
         parts = encode(tensors)
-        digest = xxhash.xxh3_128()
         folder = memory_folder(sum(part.nbytes for part in parts)) if self._process is None else self._process.scratch
         file = folder / f"steadyhelm-{weights.version}-{id(self):x}.safetensors"
+        if isinstance(found, MappedTensors) and found.keys() == tensors.keys():
+            linked = found.link(file)
+            if linked is not None:
+                return file, linked
+        digest = xxhash.xxh3_128()
         with file.open("wb") as target:
             for part in parts:
                 digest.update(part)

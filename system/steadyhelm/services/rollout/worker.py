@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from steadyhelm import telemetry
 from steadyhelm.config.engine import VllmEngine
 from steadyhelm.config.run import Data, Model, RunFile
 from steadyhelm.config.run import Rollout as RolloutPart
+from steadyhelm.config.weights import StoreTransport, Weights
 from steadyhelm.data.types import (
     Completion,
     EngineRequest,
@@ -39,7 +40,7 @@ from steadyhelm.services.rollout.vllm import VllmDialect, vllm_plan
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.images import get_image
 from steadyhelm.telemetry import metrics as names
-from steadyhelm.weights.store import StoreWeights
+from steadyhelm.weights.transports import make_sync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class RolloutSpec:
     """What a rollout worker is built from, in whatever process.
 
     ``folder`` is the model folder of the run's starting point, ``version`` the policy version that its weights are;
-    ``device`` a torch device name, ``threads`` how many work on new weights.
+    ``device`` a torch device name, ``threads`` how many work on new weights, which come by ``weights``.
 
     Example: ``RolloutSpec(model=run.model, data=run.data, rollout=run.rollout, folder="runs/x/model",
     store_uri="runs", version=PolicyVersion(iteration=0, attempt=1))``
@@ -61,6 +62,7 @@ class RolloutSpec:
     version: PolicyVersion
     device: str = "cpu"
     threads: int = 1
+    weights: Weights = field(default_factory=StoreTransport)
 
     @classmethod
     def of(
@@ -76,6 +78,7 @@ class RolloutSpec:
             version=version,
             device=device,
             threads=run.runtime.threads,
+            weights=run.weights,
         )
 
 
@@ -92,7 +95,7 @@ def make_encoder(folder: str, model: Model, data: Data, store: ObjectStore) -> P
 
 def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -> RolloutEngine:
     """The engine that the run file names. Raises ModelError, ConfigError, EngineLostError, DeadlineError."""
-    fetch = StoreWeights(store, threads=spec.threads).fetch
+    fetch = make_sync(spec.weights, store, threads=spec.threads).fetch
     engine = spec.rollout.engine
     match engine.type:
         case "transformers":
