@@ -196,6 +196,34 @@ def report(
     typer.echo(f"wrote {output}")
 
 
+@app.command()
+def watch(
+    run: RunPlace,
+    once: Annotated[bool, typer.Option("--once", help="Show where RUN stands and exit.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print JSON, an object on a line for each change.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the store.")] = 5.0,
+    debug: Debug = False,
+) -> None:
+    """Follows RUN out of its store, from anywhere: iterations, engines, decisions, and whether somebody drives it."""
+    import json
+
+    from steadyhelm import watch as watching
+    from steadyhelm.display import Display
+    from steadyhelm.store import open_run
+
+    watcher = watching.Watcher(*open_run(run))
+    if once:
+        status = watcher.sure()
+        typer.echo(json.dumps(status.to_json(), indent=1) if json_output else "\n".join(status.lines()))
+    elif json_output:
+        watching.follow_json(watcher, typer.echo, every)
+    else:
+        with Display() as display:
+            watching.follow(watcher, display, every)
+
+
 @app.command(name="gc")
 def collect(
     run: RunPlace,

@@ -129,6 +129,9 @@ def iteration_line(progress: Progress, replayed: bool = False) -> str:
     ):
         if name in metrics:
             pieces.append(form.format(metrics[name]))
+    serving, desired = (metrics.get(name, 1.0) for name in (names.ENGINES_SERVING, names.ENGINES_DESIRED))
+    if max(serving, desired) > 1:
+        pieces.append(f"{serving:.0f} engines" + (f" of {desired:.0f}" if serving != desired else ""))
     if names.OVERHEAD_SHARE in metrics:
         pieces.append(f"overhead {100 * metrics[names.OVERHEAD_SHARE]:.1f} %")
     if progress.remaining_s is not None:
@@ -244,11 +247,12 @@ def _measures(progress: Progress) -> Table:
         names.LEARNER_TOKENS_PER_S,
         names.ITERATION_SECONDS,
         names.OVERHEAD_SHARE,
+        names.LEARNER_WAIT,
     ]:
         if name not in progress.metrics:
             continue
         value = progress.metrics[name]
-        shown = f"{100 * value:.1f} %" if name == names.OVERHEAD_SHARE else _number(value)
+        shown = f"{100 * value:.1f} %" if name in (names.OVERHEAD_SHARE, names.LEARNER_WAIT) else _number(value)
         style = "bold" if name == names.REWARD_MEAN else ""
         bars = Text(sparkline(list(progress.history[name])), style="cyan")
         table.add_row(Text(_short(name), style=style), Text(shown, style=style, justify="right"), bars)
@@ -279,6 +283,7 @@ def _short(name: str) -> str:
         names.LEARNER_TOKENS_PER_S: "learner tokens/s",
         names.ITERATION_SECONDS: "seconds",
         names.OVERHEAD_SHARE: "overhead",
+        names.LEARNER_WAIT: "learner waits",
         names.LENGTH_MEAN: "length",
     }
     return known.get(name, rest.replace("_", " ") if group else name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from steadyhelm.data.types import CheckpointRecord, PolicyVersion, PromptId
 from steadyhelm.errors import ConfigError, ModelError, ObjectExistsError, ResourceError, StoppedError, StoreError
 from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.models.folder import require_model_folder
+from steadyhelm.scaling import Scaler
 from steadyhelm.services import PromptSource
 from steadyhelm.store import ObjectStore, open_store, retention, run_uri
 from steadyhelm.store.layout import RunLayout
@@ -30,10 +33,13 @@ from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog, Entry, LogView
 from steadyhelm.store.probe import require_one_winner
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
+from steadyhelm.telemetry.logs import redact, secret_values
 from steadyhelm.telemetry.metrics import REPLAYED, RESTARTS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What ends a run on purpose."""
+NOTES = 20
+"""Lines to the terminal that the metrics keep of an iteration, the newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,13 +195,16 @@ class Driver:
         self._store = store
         self._layout = layout
         self._log = log
-        self._tell = tell
+        self._notes: deque[str] = deque(maxlen=NOTES)
+        self._told = tell
+        self._secrets = secret_values(os.environ)
         self._metrics = metrics_log.MetricsLog(store.put, layout.metrics_prefix, log.attempt)
         self._retained: CheckpointRecord | None = None
         self._pools: list[Any] = []
         self._replayed = 0
         self._signal: signal.Signals | None = None
         self._loop: Loop | None = None
+        self._scaler: Scaler | None = None
         self._on_signal: Callable[[signal.Signals], None] = _silent
 
     async def drive(self) -> int:
@@ -225,12 +234,34 @@ class Driver:
             except asyncio.CancelledError:
                 if self._signal is None:
                     raise
-            except Exception:
+            except Exception as error:
+                self._note_down(f"the run ended: {error}")
                 with suppress(StoreError):  # what ended the run is what the user has to read
-                    self._metrics.flush()
+                    self._keep_notes()
                 raise
-            self._metrics.flush()
-        return self._stopped()
+            code = self._stopped()
+            self._keep_notes()
+        return code
+
+    def _tell(self, event: Event) -> None:
+        """Tells the terminal, and the next line of metrics what was said."""
+        if isinstance(event, Notice):
+            self._note_down(event.text)
+        self._told(event)
+
+    def _note_down(self, text: str) -> None:
+        self._notes.append(redact(text, self._secrets))
+
+    def _take_notes(self) -> list[str]:
+        notes = list(self._notes)
+        self._notes.clear()
+        return notes
+
+    def _keep_notes(self) -> None:
+        """Puts what was said since the last line of metrics into a line of its own."""
+        if self._notes:
+            self._metrics.append(self._log.last_iteration, {}, notes=self._take_notes())
+        self._metrics.flush()
 
     def _stopped(self) -> int:
         """The exit code; where a signal ended the run before it was finished, a line on how to go on too."""
@@ -258,6 +289,7 @@ class Driver:
         for entry in self._evaluations():  # their lines may be lost: the log has them before the segment
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
         self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
+        self._scaler = Scaler(self._run, services.rollout, self._tell)
         async with aclosing(self._loop.iterations()) as reports:
             async for report in reports:
                 await self._note(report, services)
@@ -296,12 +328,16 @@ class Driver:
         if report.metrics:
             self._replayed += report.replayed
             found = {**report.metrics, REPLAYED: float(self._replayed), RESTARTS: float(self._restarts())}
-            self._metrics.append(report.iteration, found, replayed=report.replayed)
+            if self._scaler is not None:
+                found |= self._scaler.behind(report.iteration, report.metrics)
+            self._metrics.append(report.iteration, found, report.replayed, self._take_notes())
             self._tell(IterationDone(iteration=report.iteration, metrics=found, replayed=report.replayed))
         if report.served and self._signal is None:
             await self._evaluate(report.version, services)
             await asyncio.to_thread(self._metrics.flush)  # before the loop may checkpoint this iteration
         await self._retain()
+        if self._scaler is not None:
+            self._scaler.forget()
 
     def _restarts(self) -> int:
         lost = self._loop.restarts if self._loop is not None else 0

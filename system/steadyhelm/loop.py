@@ -158,15 +158,18 @@ class Loop:
         """Makes, commits, steps and serves one batch after the other."""
         started = time.monotonic()
         for iteration in range(self._log.last_iteration + 1, self._run.schedule.iterations + 1):
+            asked = time.monotonic()
             batch = await batches.take(iteration, unless=self._stop)
             if batch is None:
                 await self._save(iteration - 1)
                 return
+            waited = time.monotonic() - asked
             await asyncio.to_thread(self._log.commit_batch, batch.manifest)
             learned = await self._services.learner.step(batch.manifest)
             version, spans, metrics = await self._serve(iteration)
             spans = (*batch.spans, *learned.spans, *spans)
             metrics = self._metrics(started, spans, batch.manifest.metrics, learned.metrics, metrics)
+            metrics[telemetry.metrics.LEARNER_WAIT] = waited / metrics[telemetry.metrics.ITERATION_SECONDS]
             yield IterationReport(iteration=iteration, version=version, served=True, metrics=metrics)
             started = time.monotonic()  # a checkpoint counts in the iteration that waits for it
             await self._checkpoint(iteration)

@@ -11,6 +11,7 @@ from steadyhelm.config.base import CodeRef, Count, Part, Seconds
 from steadyhelm.config.engine import Engine, TransformersEngine
 from steadyhelm.config.place import parse_place
 from steadyhelm.config.reward import Reward
+from steadyhelm.config.scaling import Scaling
 from steadyhelm.config.weights import StoreTransport, Weights
 from steadyhelm.errors import ConfigError
 
@@ -77,7 +78,9 @@ class Rollout(Part):
     engine: Engine = TransformersEngine()
     """The inference engine."""
     replicas: Count = 1
-    """Rollout actors, each with an engine of its own."""
+    """Rollout actors, each with an engine of its own. Where ``scaling`` is given, how many the run begins with."""
+    scaling: Scaling | None = None
+    """Bounds between which the number of rollout actors follows the load; without it there are ``replicas``."""
     samples_per_prompt: Count = 1
     """Completions sampled for each prompt (the group size of GRPO and RLOO)."""
     max_new_tokens: Count = 1024
@@ -86,6 +89,8 @@ class Rollout(Part):
     """Sampling temperature; trainer, proximal and reference log-probs use the same."""
     deadline_s: Seconds = 600.0
     """Longest time for one shard's generation before it goes to another engine."""
+    drain_deadline_s: Seconds = 120.0
+    """How long an engine that leaves may take for the shards that it has; then they go to others."""
 
 
 class Reference(Part):
@@ -251,6 +256,14 @@ class RunFile(Part):
     def uses_reference(self) -> bool:
         """Whether the reference service is built."""
         return not isinstance(self.algorithm, Sft) and self.algorithm.beta > 0
+
+    @property
+    def engines(self) -> int:
+        """Rollout actors that the run begins with."""
+        scaling = self.rollout.scaling
+        if self.is_sft:
+            return 1
+        return self.rollout.replicas if scaling is None else min(max(self.rollout.replicas, scaling.min), scaling.max)
 
     @property
     def rollouts_per_iteration(self) -> int:

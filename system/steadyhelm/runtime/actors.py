@@ -7,8 +7,8 @@ known what to build in them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import inspect
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import ray
@@ -23,31 +23,39 @@ Factory = Callable[[], Any]
 """Builds a service in the process that will run it; picklable, cheap to send."""
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """A service with something to end."""
+
+    def close(self) -> Awaitable[None] | None:
+        """Ends it."""
+
+
 class _Host(Generic[S]):
     """What every actor has: the service, built on ``start``."""
 
     def __init__(self) -> None:
         self._built: S | None = None
 
-    async def start(self, factory: Callable[[], S]) -> int:
-        """Builds the service, once; returns the process id."""
+    async def start(self, factory: Callable[[], S]) -> str:
+        """Builds the service, once; returns the id of the node that it is on."""
         if self._built is None:
             self._built = factory()
-        return os.getpid()
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    async def close(self) -> None:
+        """Ends what the service started: processes, an engine's server."""
+        if isinstance(self._built, Closing):
+            ended = self._built.close()
+            if inspect.isawaitable(ended):
+                await ended
 
     @property
     def _service(self) -> S:
         if self._built is None:
             raise EngineLostError("the actor was called before its start")
         return self._built
-
-
-@runtime_checkable
-class Closing(Protocol):
-    """A service with something to end."""
-
-    def close(self) -> None:
-        """Ends it."""
 
 
 class PromptsActor(_Host[PromptSource]):
@@ -84,11 +92,6 @@ class ScorerActor(_Host[Reward | Reference]):
     async def score(self, shard: ShardRecord) -> Served[Any]:
         """See ``services.Reward`` and ``services.Reference``."""
         return await self._service.score(shard)
-
-    async def close(self) -> None:
-        """Ends the processes that the service started."""
-        if isinstance(self._built, Closing):
-            self._built.close()
 
 
 def spawn(kind: type[_Host[Any]], name: str, *, cpus: float, gpus: float) -> ActorHandle:

@@ -7,9 +7,14 @@ from typing import Any
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import ObjectRef, Prompt, PromptId, ShardRecord, WeightsRecord
 from steadyhelm.runtime.actors import PromptsActor, RolloutActor, ScorerActor, spawn
+from steadyhelm.runtime.nodes import leaving_nodes
 from steadyhelm.runtime.pool import Member, Pool
-from steadyhelm.services import Served, ShardOrder
+from steadyhelm.runtime.routing import Work, marks
+from steadyhelm.services import EngineLoad, Served, ShardOrder
 from steadyhelm.telemetry import EventSink
+
+LEARNED = 0.2
+"""How much the last answer counts in the mean completion length that outstanding tokens are estimated by."""
 
 
 def _pool(run: RunFile, service: str, kind: Any, size: int, deadline_s: float, gpus: float, tell: EventSink) -> Pool:
@@ -24,8 +29,12 @@ def _pool(run: RunFile, service: str, kind: Any, size: int, deadline_s: float, g
         size=size,
         start_deadline_s=run.runtime.start_deadline_s,
         call_deadline_s=deadline_s,
+        drain_deadline_s=run.rollout.drain_deadline_s,
         notice_s=run.runtime.wait_notice_s,
         tell=tell,
+        needs=f"{run.runtime.cpus_per_actor:g} CPUs and {gpus:g} GPUs",
+        closes=True,
+        leaving=leaving_nodes,
     )
 
 
@@ -52,17 +61,41 @@ class RolloutHandle:
     """The rollout workers; every one that serves has the weights that were applied last."""
 
     def __init__(self, run: RunFile, tell: EventSink) -> None:
-        replicas = 1 if run.is_sft else run.rollout.replicas
         self.pool = _pool(
-            run, "rollout", RolloutActor, replicas, run.rollout.deadline_s, run.runtime.gpus_per_engine, tell
+            run, "rollout", RolloutActor, run.engines, run.rollout.deadline_s, run.runtime.gpus_per_engine, tell
         )
         self.pool.prepare = self._catch_up
         self._weights: WeightsRecord | None = None
         self._deadline_s = run.runtime.step_deadline_s
+        self._length = float(run.rollout.max_new_tokens)
 
     async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
         """See ``services.Rollout``."""
-        return await self.pool.call(lambda actor: actor.rollout.remote(order), f"rolls out {order.key}")
+        samples = len(order.prompts)
+        work = Work(samples=samples, tokens=samples * self._length, marks=marks(order.prompts))
+        served: Served[ShardRecord] = await self.pool.call(
+            lambda actor: actor.rollout.remote(order), f"rolls out {order.key}", work
+        )
+        if served.value.prompt_ids:
+            self._length += (served.value.num_tokens / len(served.value.prompt_ids) - self._length) * LEARNED
+        return served
+
+    def load(self) -> EngineLoad:
+        """See ``services.Elastic``."""
+        load = self.pool.meter.read()
+        serving = len(self.pool.serving)
+        return EngineLoad(
+            serving=serving,
+            desired=self.pool.size,
+            saturation=load.saturation,
+            in_flight_tokens=load.in_flight_tokens,
+            queue=load.at_hand / max(1, serving),
+            room=self.pool.room,
+        )
+
+    def scale(self, desired: int) -> None:
+        """See ``services.Elastic``."""
+        self.pool.resize(desired)
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
         """See ``services.Rollout``."""
@@ -90,7 +123,6 @@ class RewardHandle:
     def __init__(self, run: RunFile, tell: EventSink) -> None:
         deadline_s = run.runtime.step_deadline_s
         self.pool = _pool(run, "reward", ScorerActor, run.reward.replicas, deadline_s, 0.0, tell)
-        self.pool.closes = True
 
     async def score(self, shard: ShardRecord) -> Served[tuple[ObjectRef, tuple[bool, ...]]]:
         """See ``services.Reward``."""

@@ -1,13 +1,24 @@
-"""A pool of equal actors of one service: routing, re-dispatch, replacement."""
+"""A pool of equal actors of one service: routing, re-dispatch, and members that come and go.
+
+::
+
+      resize ──► starting ── start, catch up ──► serves ── drain ──► drains ── its calls answered ──► gone
+                    │ cannot be placed             │ lost               │ lost, or its deadline passed  ▲
+                    └──────────────────────────────┴────────────────────┴───────────────────────────────┘
+
+Whatever happens to a member, ``_settle`` then compares how many start or serve with how many are wanted (``size``), and
+starts or drains the difference. A call stays with the pool until some member has answered it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -15,6 +26,9 @@ from ray.actor import ActorHandle
 from steadyhelm.errors import DeadlineError, EngineLostError, RetryableError, SteadyhelmError
 from steadyhelm.runtime.actors import Factory
 from steadyhelm.runtime.calls import answer
+from steadyhelm.runtime.load import LoadMeter
+from steadyhelm.runtime.nodes import POLL_S
+from steadyhelm.runtime.routing import Candidate, Memory, Work, choose
 from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
 T = TypeVar("T")
@@ -25,35 +39,72 @@ WIDTH = 2
 and their deadlines begin when they are sent."""
 CLOSE_S = 5.0
 """How long a member may take to end its own processes before it is killed with them."""
+RETRY_S = 60.0
+"""Seconds from a member that could not be placed to the next try, while others serve."""
+
+
+ONE = Work()
+"""A call like any other: what pools whose calls are all alike choose by."""
+
+
+class Stage(StrEnum):
+    """Where a member is on its way; the values are words for people."""
+
+    STARTING = "starts"
+    SERVING = "serves"
+    DRAINING = "finishes its work"
+    GONE = "is gone"
 
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One actor of a pool, how many calls it has to answer, and what they are."""
+    """One actor of a pool: where it is, what it has to answer, and what it has met lately.
+
+    ``number`` is its own for ever, ``slot`` the lowest that no other member has now: for what there is one of for each
+    member, like a server's address. ``moved`` is True where its calls were taken from it because it was leaving.
+    """
 
     actor: ActorHandle
     number: int
+    slot: int = 0
+    stage: Stage = Stage.STARTING
+    node: str = ""
+    moved: bool = False
     doing: list[str] = field(default_factory=list)
-    outstanding: int = 0
-    alive: bool = True
+    works: list[Work] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes new calls."""
+        return self.stage is Stage.SERVING
+
+    @property
+    def tokens(self) -> float:
+        """Expected tokens of the calls that it has to answer."""
+        return sum(work.tokens for work in self.works)
 
 
 @dataclass(slots=True, kw_only=True)
 class Pool:
     """Equal actors of one service behind the service's own methods.
 
-    A call goes to the member with the fewest outstanding calls, once one has fewer than ``WIDTH``. A member that dies
-    or misses a deadline is killed and replaced, and its calls go to another.
+    A call goes to the member that ``routing.choose`` names among those with fewer than ``WIDTH`` calls, once there is
+    one. A member that dies or misses a deadline is killed and replaced, and its calls go to another.
 
     Args:
         service: the service's name in messages.
         spawn: makes the actor with the given number.
-        size: how many actors there are.
-        start_deadline_s, call_deadline_s, notice_s: seconds; see ``config.Runtime``.
+        size: how many members are wanted.
+        start_deadline_s, call_deadline_s, drain_deadline_s, notice_s: seconds; see ``config.Runtime`` and ``Rollout``.
         tell: takes events for the user.
+        needs: what a member reserves, for messages.
         closes: whether members have processes of their own to end first.
+        leaving: says how many seconds nodes that are being drained have left, by id; None where nobody looks.
+        end: kills an actor.
         replaced: how many members were lost and replaced.
         prepare: brings a new member up to date before it serves (weights); None where there is nothing to do.
+        room: how many members there was room for when one could last not be placed; None where there is no such limit.
     """
 
     service: str
@@ -63,59 +114,96 @@ class Pool:
     call_deadline_s: float
     notice_s: float
     tell: EventSink
+    drain_deadline_s: float = 120.0
+    needs: str = "nothing"
     prepare: Callable[[Member], Awaitable[None]] | None = None
     closes: bool = False
+    leaving: Callable[[], Mapping[str, float]] | None = None
+    end: Callable[[ActorHandle], None] = ray.kill
     members: list[Member] = field(default_factory=list)
     replaced: int = 0
+    room: int | None = None
+    meter: LoadMeter = field(default_factory=LoadMeter)
     _factory: Factory | None = None
     _spawned: int = 0
     _losses: int = 0
+    _waiting: int = 0
+    _over: bool = False
     _broken: BaseException | None = None
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    _replacing: set[asyncio.Task[None]] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def serving(self) -> list[Member]:
+        """The members that take new calls."""
+        return [member for member in self.members if member.serves]
 
     def launch(self) -> None:
         """Creates the actors; ``ready`` awaits them."""
-        self.members = [self._member() for _ in range(self.size)]
+        for _ in range(self.size):
+            self._spawn()
 
     async def ready(self, factory: Factory) -> None:
-        """Returns once every member has built its service, as later ones will, and answers.
+        """Returns once every member has built its service, as later ones will, and answers, or cannot be had.
 
-        Raises DeadlineError, and what the services' constructors raise.
+        One that cannot be had is tried again later, as long as there is another. Raises DeadlineError and
+        EngineLostError where there is none, and what the services' constructors raise.
         """
         self._factory = factory
-        await asyncio.gather(*(self._start(member) for member in self.members))
 
-    async def call(self, method: Callable[[ActorHandle], Awaitable[T]], what: str) -> T:
+        async def one(member: Member) -> RetryableError | None:
+            try:
+                await self._start(member)
+            except (EngineLostError, DeadlineError) as error:
+                return error
+            return None
+
+        members = list(self.members)
+        failed = await asyncio.gather(*(one(member) for member in members))
+        errors = [error for error in failed if error is not None]
+        if errors and not self.serving:
+            raise errors[0]
+        for member, error in zip(members, failed, strict=True):
+            if error is not None:
+                self._cannot_start(member, error)
+        if self.leaving is not None:
+            self._begin(self._watch_nodes(self.leaving))
+
+    async def call(self, method: Callable[[ActorHandle], Awaitable[T]], what: str, work: Work = ONE) -> T:
         """The answer of some member to ``method``.
 
         Args:
             method: makes the call on a member's actor.
             what: what is waited for, for messages.
+            work: what the call asks for, to choose the member by.
 
         Raises:
             EngineLostError: ``MAX_TRIES`` members in a row were lost over this call.
             SteadyhelmError: what the service raised.
         """
-        for attempt in range(1, MAX_TRIES + 1):
-            member = await self._take()
+        tries = 0
+        while True:
+            member = await self._take(work)
             try:
                 value = await self.ask(member, method(member.actor), what, self.call_deadline_s)
                 self._losses = 0
+                member.memory.meet(work.marks)
                 return value
             except (EngineLostError, DeadlineError) as error:
                 self._lose(member, error)
-                if attempt == MAX_TRIES:
+                tries += not member.moved
+                if tries == MAX_TRIES:
                     raise EngineLostError(
                         f"{what} was lost with {MAX_TRIES} {self.service} actors in a row; the last: {error}"
                     ) from error
             except RetryableError as error:
-                if attempt == MAX_TRIES:
+                tries += 1
+                if tries == MAX_TRIES:
                     raise
                 await asyncio.sleep(max(error.delay_s, 0.05))
             finally:
-                await self._give_back(member)
-        raise AssertionError("the last try returns or raises")
+                member.works.remove(work)
+                await self._notify()
 
     async def ask(self, member: Member, call: Awaitable[T], what: str, deadline_s: float) -> T:
         """The answer of one member; see ``calls.answer`` for the errors."""
@@ -128,14 +216,8 @@ class Pool:
             member.doing.remove(what)
             self._show(member)
 
-    def _show(self, member: Member) -> None:
-        """Tells what the member does: the first of its calls, the others wait behind it."""
-        state = (member.doing[0] if member.doing else "waits for work") if member.alive or member.doing else ""
-        name = f"{self.service} {member.number}"
-        self.tell(ServiceState(service=name, state=state, since_s=time.monotonic(), waiting=not member.doing))
-
     async def everywhere(self, method: Callable[[Member], Awaitable[T]]) -> list[T]:
-        """The answers of all living members; one that is lost over it is replaced and left out."""
+        """The answers of all members that serve; one that is lost over it is replaced and left out."""
 
         async def one(member: Member) -> list[T]:
             try:
@@ -144,82 +226,214 @@ class Pool:
                 self._lose(member, error)
                 return []
 
-        answers = await asyncio.gather(*(one(member) for member in self.members if member.alive))
+        answers = await asyncio.gather(*(one(member) for member in self.serving))
         return [value for found in answers for value in found]
+
+    def resize(self, size: int) -> None:
+        """Wants ``size`` members from now on; returns at once.
+
+        New ones serve when they have started and caught up; of those that are too many, such as do not serve yet end,
+        then the least loaded drain.
+        """
+        if size != self.size:
+            self.size, self.room = size, None
+            self._settle()
+
+    def drain(self, member: Member, why: str, deadline_s: float | None = None) -> None:
+        """Gives ``member`` no new calls and ends it when it has answered its own; returns at once.
+
+        Past the deadline (None: ``drain_deadline_s``) its calls go to others. Where as many are still wanted, another
+        member starts at once.
+        """
+        if not member.serves:
+            return
+        member.stage = Stage.DRAINING
+        self.tell(Notice(text=f"{self.service} {member.number} takes no new work: {why}"))
+        self._begin(self._leave(member, self.drain_deadline_s if deadline_s is None else deadline_s))
+        self._settle()
 
     async def close(self) -> None:
         """Ends the actors."""
-        for task in self._replacing:
+        self._over = True
+        for task in self._tasks:
             task.cancel()
-        for member in self.members:
-            if self.closes and member.alive:
-                with contextlib.suppress(SteadyhelmError):
-                    await self.ask(member, member.actor.close.remote(), "end", CLOSE_S)
-            ray.kill(member.actor)
-        self.members.clear()
+        await asyncio.gather(*(self._end(member) for member in list(self.members)))
 
-    def _member(self) -> Member:
+    def _spawn(self) -> Member:
+        taken = {member.slot for member in self.members}
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        member = Member(actor=self.spawn(self._spawned), number=self._spawned, slot=slot)
         self._spawned += 1
-        return Member(actor=self.spawn(self._spawned - 1), number=self._spawned - 1)
+        self.members.append(member)
+        return member
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _show(self, member: Member) -> None:
+        """Tells what the member does: the first of its calls, the others wait behind it."""
+        there = member.stage is not Stage.GONE
+        state = (member.doing[0] if member.doing else "waits for work") if there or member.doing else ""
+        name = f"{self.service} {member.number}"
+        self.tell(ServiceState(service=name, state=state, since_s=time.monotonic(), waiting=not member.doing))
 
     async def _start(self, member: Member) -> None:
-        await self.ask(member, member.actor.start.remote(self._factory), "start", self.start_deadline_s)
+        """Returns when the member serves; what is put into all members meanwhile reaches it too."""
+        call = member.actor.start.remote(self._factory)
+        member.node = str(await self.ask(member, call, "start", self.start_deadline_s))
+        if self.prepare is not None:
+            await self.prepare(member)
+        if member.stage is Stage.STARTING:
+            member.stage = Stage.SERVING  # before anything else can run, or it would miss the next weights
+        await self._notify()
 
-    async def _take(self) -> Member:
-        async with self._changed:
-            while not (free := [m for m in self.members if m.alive and m.outstanding < WIDTH]):
-                if self._broken is not None:
-                    raise self._broken
-                alive = any(member.alive for member in self.members)
-                try:
-                    await asyncio.wait_for(self._changed.wait(), None if alive else self.start_deadline_s)
-                except TimeoutError:
-                    text = f"No {self.service} actor serves within {self.start_deadline_s:g} s."
-                    raise DeadlineError(text) from None
-            member = min(free, key=lambda m: (m.outstanding, m.number))
-            member.outstanding += 1
-            return member
+    async def _join(self, member: Member) -> None:
+        """Brings a new member to serve."""
+        try:
+            await self._start(member)
+        except SteadyhelmError as error:
+            self._cannot_start(member, error)
+            await self._notify()
+            return
+        if member.serves:
+            self.room = None
+            self.tell(Notice(text=f"{self.service} {member.number} serves"))
 
-    async def _give_back(self, member: Member) -> None:
+    def _cannot_start(self, member: Member, error: SteadyhelmError) -> None:
+        """A member did not come to serve: without it where others serve, or with another, or not at all."""
+        if member.stage is Stage.GONE:
+            return
+        self._remove(member)
+        retryable = isinstance(error, EngineLostError | DeadlineError)
+        if serving := len(self.serving):
+            if self.room is None:
+                text = (
+                    f"{self.service} {member.number} did not start, it reserves {self.needs} ({error}); {serving} of "
+                    f"{self.size} serve and go on, and it is tried again every {RETRY_S:g} s"
+                )
+                self.tell(Notice(text=text, level="warning"))
+            self.room = serving
+            self._begin(self._settle_later())
+            return
+        self._losses += 1
+        if retryable and self._losses < MAX_TRIES:
+            self._settle()
+        else:
+            text = f"{self._losses} {self.service} actors in a row were lost; last: {error}"
+            self._broken = EngineLostError(text) if retryable else error
+
+    async def _settle_later(self) -> None:
+        await asyncio.sleep(RETRY_S)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Starts or drains members until as many start or serve as are wanted."""
+        staying = [member for member in self.members if member.stage in (Stage.STARTING, Stage.SERVING)]
+        if not self._over:
+            for _ in range(len(staying), self.size):
+                self._begin(self._join(self._spawn()))
+        spare = sorted(staying, key=lambda member: (member.serves, member.tokens, -member.number))
+        for member in spare[: max(0, len(staying) - self.size)]:
+            if member.serves:
+                self.drain(member, f"{self.size} are enough")
+            else:
+                self._remove(member)
+
+    async def _leave(self, member: Member, deadline_s: float) -> None:
+        """Ends a draining member when it has answered its calls, or at the deadline."""
+        try:
+            async with self._changed:
+                idle = self._changed.wait_for(lambda: not member.works or member.stage is Stage.GONE)
+                await asyncio.wait_for(idle, deadline_s)
+        except TimeoutError:
+            member.moved = True
+            text = f"{self.service} {member.number} is not done within {deadline_s:g} s; its calls go to others"
+            self.tell(Notice(text=text, level="warning"))
+        if member.stage is not Stage.GONE:
+            await self._end(member)
+            self.tell(Notice(text=f"{self.service} {member.number} has left"))
+
+    async def _watch_nodes(self, leaving: Callable[[], Mapping[str, float]]) -> None:
+        """Drains, for as long as the pool lasts, the members whose nodes are about to go."""
+        while True:
+            left = await asyncio.to_thread(leaving)
+            for member in self.serving:
+                if member.node in left:
+                    deadline_s = max(0.0, min(self.drain_deadline_s, left[member.node] - CLOSE_S))
+                    self.drain(member, f"its node goes in {left[member.node]:.0f} s", deadline_s)
+            await asyncio.sleep(POLL_S)
+
+    async def _take(self, work: Work) -> Member:
+        """A member for ``work``, once one has fewer than ``WIDTH`` calls."""
         async with self._changed:
-            member.outstanding -= 1
+            self._waiting += 1
+            self._note_load()
+            try:
+                while (member := self._choose(work)) is None:
+                    if self._broken is not None:
+                        raise self._broken
+                    try:
+                        await asyncio.wait_for(self._changed.wait(), None if self.serving else self.start_deadline_s)
+                    except TimeoutError:
+                        text = f"No {self.service} actor serves within {self.start_deadline_s:g} s."
+                        raise DeadlineError(text) from None
+                member.works.append(work)
+                return member
+            finally:
+                self._waiting -= 1
+                self._note_load()
+
+    def _choose(self, work: Work) -> Member | None:
+        free = {member.number: member for member in self.serving if len(member.works) < WIDTH}
+        if not free:
+            return None
+        candidates = [
+            Candidate(number=number, tokens=member.tokens, known=member.memory.known(work.marks))
+            for number, member in free.items()
+        ]
+        return free[choose(candidates, work.tokens)]
+
+    async def _notify(self) -> None:
+        """Wakes whoever waits for a member, or for one to be idle."""
+        async with self._changed:
+            self._note_load()
             self._changed.notify_all()
+
+    def _note_load(self) -> None:
+        self.meter.note(
+            [sum(work.samples for work in member.works) for member in self.serving],
+            [work for member in self.members for work in member.works],
+            self._waiting,
+        )
 
     def _lose(self, member: Member, error: BaseException) -> None:
-        """Takes a member out and starts another in its place."""
-        if not member.alive:
+        """Takes out a member that is lost; another one starts where it is still wanted."""
+        if member.stage is Stage.GONE:
             return
-        member.alive = False
-        self.replaced += 1
-        text = f"{self.service} {member.number} is lost ({error}); another one takes its place"
-        self.tell(Notice(text=text, level="warning"))
-        self._show(member)
-        ray.kill(member.actor)
-        task = asyncio.create_task(self._replace(member))
-        self._replacing.add(task)
-        task.add_done_callback(self._replacing.discard)
-
-    async def _replace(self, lost: Member) -> None:
-        """Starts a member in place of ``lost``; calls that wait for one learn of it, or of why there is none."""
+        wanted = member.stage is not Stage.DRAINING
         self._losses += 1
-        new = self._member()
-        new.alive = False
-        self.members[self.members.index(lost)] = new
-        try:
-            await self._start(new)
-            if self.prepare is not None:
-                await self.prepare(new)
-        except (EngineLostError, DeadlineError) as error:
-            if self._losses < MAX_TRIES:
-                new.alive = True
-                self._lose(new, error)
-                return
-            self._broken = EngineLostError(f"{self._losses} {self.service} actors in a row were lost; last: {error}")
-        except SteadyhelmError as error:
-            self._broken = error
-        async with self._changed:
-            new.alive = self._broken is None
-            self._changed.notify_all()
-        self._show(new)
-        if new.alive:
-            self.tell(Notice(text=f"{self.service} {new.number} serves"))
+        self.replaced += wanted
+        text = f"{self.service} {member.number} is lost ({error})" + "; another one takes its place" * wanted
+        self.tell(Notice(text=text, level="warning"))
+        self._remove(member)
+        self._settle()
+
+    def _remove(self, member: Member) -> None:
+        """Kills a member; calls that it had fail with EngineLostError."""
+        member.stage = Stage.GONE
+        if member in self.members:
+            self.members.remove(member)
+        self._show(member)
+        self.end(member.actor)
+
+    async def _end(self, member: Member) -> None:
+        """Ends a member, its own processes first where it is idle; a busy one is killed with them."""
+        leaves = member.stage
+        member.stage = Stage.GONE
+        if self.closes and leaves in (Stage.SERVING, Stage.DRAINING) and not member.works:
+            with contextlib.suppress(SteadyhelmError):
+                await self.ask(member, member.actor.close.remote(), "end", CLOSE_S)
+        self._remove(member)
+        await self._notify()

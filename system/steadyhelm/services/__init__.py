@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from steadyhelm.data.types import (
     BatchManifest,
@@ -60,6 +60,26 @@ class ShardOrder:
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     min_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What the engines of a rollout service had to do since the last look; means over time.
+
+    ``serving`` of ``desired`` engines take orders. ``saturation`` is the share of a whole order that an engine had in
+    hand, at most 1 each; ``in_flight_tokens`` the expected tokens of all orders that engines had; ``queue`` the most
+    orders that were sent or waiting at once, per engine. ``room`` is how many engines there was room for when one could
+    last not be placed, None where there is no such limit.
+
+    Example: ``EngineLoad(serving=2, desired=2, saturation=0.93, in_flight_tokens=6100.0, queue=4.0)``
+    """
+
+    serving: int
+    desired: int
+    saturation: float
+    in_flight_tokens: float
+    queue: float
+    room: int | None = None
 
 
 class RolloutEngine(Protocol):
@@ -116,6 +136,19 @@ class Rollout(Protocol):
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
         """Returns once every serving engine has ``weights``. Raises CorruptObjectError, DeadlineError."""
+        ...
+
+
+@runtime_checkable
+class Elastic(Protocol):
+    """A rollout service whose engines come and go."""
+
+    def load(self) -> EngineLoad:
+        """What the engines had to do since the last call."""
+        ...
+
+    def scale(self, desired: int) -> None:
+        """Wants so many engines from now on; returns at once."""
         ...
 
 

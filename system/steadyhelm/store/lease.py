@@ -73,6 +73,11 @@ def leased(
             lease.remove(lease.mine)
 
 
+def present_lease(store: ObjectStore, run: str) -> dict[str, Any] | None:
+    """The run's lease as it stands, None where there is none; one that a driver holds changes every ``RENEW_S``."""
+    return _Lease(store, run).read()
+
+
 class _Lease:
     """One driver's view of the run's lease."""
 

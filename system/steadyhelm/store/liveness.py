@@ -13,17 +13,22 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from steadyhelm.errors import FatalError, StoreError
 from steadyhelm.store import LocalStore, ObjectStore
 from steadyhelm.store.layout import RunLayout
-from steadyhelm.store.lease import leased
+from steadyhelm.store.lease import LAPSE_S, leased, present_lease
 from steadyhelm.store.local import remedy
 from steadyhelm.telemetry import EventSink
 
 LOCKS = ".locks"
 """Folder of the lock files under a local store's root; the dot keeps it out of listings."""
+LOOKS, LOOK_S = 3, 0.05
+"""How often, and after how many seconds, a lock that is held is tried again: somebody who looks whether the run is
+driven holds it for a moment."""
 
 
 @contextlib.contextmanager
@@ -64,16 +69,79 @@ def held(store: ObjectStore, run: str, *, take_over: bool = False, tell: EventSi
         os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """Whether a driver is at a run, None where that cannot be said yet, and who it is or was.
+
+    Example: ``Pulse(alive=True, holder="pid 71 on node-3, since 2026-03-01T12:00:00+00:00")``
+    """
+
+    alive: bool | None
+    holder: str = ""
+
+
+class DriverWatch:
+    """Looks, from anywhere, whether a driver is at ``run``; ``clock`` counts seconds.
+
+    A lock says so at once. A lease does where it changes between two looks, or stays the same for ``lease.LAPSE_S``.
+    """
+
+    def __init__(self, store: ObjectStore, run: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._run, self._clock = store, run, clock
+        self._lease: dict[str, object] | None = None
+        self._since = clock()
+        self._changed = False
+
+    def look(self) -> Pulse:
+        """The run's driver as it seems now. Raises StoreError."""
+        return self._locked(self._store) if isinstance(self._store, LocalStore) else self._leased()
+
+    def _locked(self, store: LocalStore) -> Pulse:
+        try:
+            descriptor = os.open(store.root / LOCKS / f"{RunLayout(self._run).run}.lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return Pulse(alive=False)
+        except OSError:
+            return Pulse(alive=None)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Pulse(alive=True, holder=_signature(descriptor))
+        except OSError:
+            return Pulse(alive=None)
+        else:
+            return Pulse(alive=False, holder=_signature(descriptor))
+        finally:
+            os.close(descriptor)
+
+    def _leased(self) -> Pulse:
+        found, now = present_lease(self._store, self._run), self._clock()
+        if found is None:
+            return Pulse(alive=False)
+        holder = f"pid {found['pid']} on {found['host']}, since {found['since']}"
+        if found != self._lease:
+            self._changed = self._lease is not None
+            self._lease, self._since = found, now
+        if now - self._since >= LAPSE_S:
+            return Pulse(alive=False, holder=holder)
+        return Pulse(alive=True if self._changed else None, holder=holder)
+
+
 def _lock(descriptor: int, place: str) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-            return False
-        raise StoreError(f"cannot lock {place}: {error.strerror}; start with --take-over to go on without") from error
-    return True
+    for left in reversed(range(LOOKS)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if left:
+                time.sleep(LOOK_S)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                return False
+            raise StoreError(
+                f"cannot lock {place}: {error.strerror}; start with --take-over to go on without"
+            ) from error
+    return False
 
 
 def _sign(descriptor: int, place: str) -> None:

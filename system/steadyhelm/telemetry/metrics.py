@@ -86,6 +86,22 @@ ROLLOUT_TOKENS_PER_S = _metric(
 STALENESS_MEAN = _metric("staleness/mean", "Mean age of the sampling policy at the step", "versions")
 STALENESS_MAX = _metric("staleness/max", "Age of the oldest sampling policy at the step", "versions")
 
+# Engines: all of clocks
+LEARNER_WAIT = _metric(
+    "learner/wait_share", "Share of the iteration in which the learner waited for its batch", "ratio", exact=False
+)
+ENGINES_SERVING = _metric("scaling/serving", "Engines that take work", exact=False)
+ENGINES_DESIRED = _metric(
+    "scaling/desired", "Engines that there should be, as decided behind the iteration", exact=False
+)
+SATURATION = _metric(
+    "scaling/saturation", "Mean share of a whole shard that an engine had in hand, at most 1 each", "ratio", exact=False
+)
+IN_FLIGHT_TOKENS = _metric(
+    "scaling/in_flight_tokens", "Mean of the tokens expected of all shards that engines had", "tokens", exact=False
+)
+QUEUE = _metric("scaling/queue", "Most shards that were sent or waiting at once, per engine", exact=False)
+
 # Time
 ITERATION_SECONDS = "seconds/iteration"  # of the open group "seconds": the iteration's wall time
 OVERHEAD_SHARE = _metric(

@@ -1,14 +1,15 @@
 """The metric log: one JSON object per iteration, put in segments that are never rewritten.
 
-A line is ``{"iteration": 12, "attempt": 1, "time": "2026-03-01T12:00:00.000Z", "metrics": {"reward/mean": 1.25}}``.
-Numbers keep all their bits; a value that is not finite becomes null, since JSON has no word for it.
+A line is ``{"iteration": 12, "attempt": 1, "time": "2026-03-01T12:00:00.000Z", "metrics": {"reward/mean": 1.25}}``,
+with ``"notes": ["…"]`` where something was said meanwhile. Numbers keep all their bits; a value that is not finite
+becomes null, since JSON has no word for it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 class MetricsLine:
     """One line of the log. ``replayed`` is True where the iteration was stepped again from its committed batch.
 
+    ``notes`` is what the run's terminal was told since the line before: decisions with their reasons, what was lost.
+
     Example: ``MetricsLine(iteration=12, attempt=1, time="2026-03-01T12:00:00.000Z", metrics={"reward/mean": 1.25})``
     """
 
@@ -26,6 +29,7 @@ class MetricsLine:
     time: str
     metrics: Mapping[str, float]
     replayed: bool = False
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The line, without its line feed."""
@@ -33,6 +37,8 @@ class MetricsLine:
         head: dict[str, Any] = {"iteration": self.iteration, "attempt": self.attempt, "time": self.time}
         if self.replayed:
             head["replayed"] = True
+        if self.notes:
+            head["notes"] = list(self.notes)
         return json.dumps(head | {"metrics": values}, allow_nan=False)
 
     @classmethod
@@ -45,6 +51,7 @@ class MetricsLine:
             time=str(record["time"]),
             metrics={k: math.nan if v is None else float(v) for k, v in record["metrics"].items()},
             replayed=bool(record.get("replayed", False)),
+            notes=tuple(map(str, record.get("notes", ()))),
         )
 
 
@@ -65,11 +72,18 @@ class MetricsLog:
         self._lines: list[MetricsLine] = []
         self._segment = 0
 
-    def append(self, iteration: int, metrics: Mapping[str, float], replayed: bool = False) -> MetricsLine:
+    def append(
+        self, iteration: int, metrics: Mapping[str, float], replayed: bool = False, notes: Sequence[str] = ()
+    ) -> MetricsLine:
         """Adds the metrics of ``iteration`` (0: before the first) to the buffer. A later line of it wins over this."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = MetricsLine(
-            iteration=iteration, attempt=self._attempt, time=now, metrics=dict(metrics), replayed=replayed
+            iteration=iteration,
+            attempt=self._attempt,
+            time=now,
+            metrics=dict(metrics),
+            replayed=replayed,
+            notes=tuple(notes),
         )
         self._lines.append(line)
         return line
@@ -110,11 +124,13 @@ def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
 
 def _merged(before: MetricsLine, line: MetricsLine) -> MetricsLine:
     evaluated = {name: value for name, value in before.metrics.items() if _is_evaluation(name)}
+    notes = (*before.notes, *line.notes)
     if all(map(_is_evaluation, line.metrics)):
-        return replace(before, metrics={**before.metrics, **line.metrics})
+        return replace(before, metrics={**before.metrics, **line.metrics}, notes=notes)
     if before.attempt != line.attempt:
-        return replace(line, metrics={**evaluated, **line.metrics})
-    return replace(line, metrics={**before.metrics, **line.metrics}, replayed=before.replayed or line.replayed)
+        return replace(line, metrics={**evaluated, **line.metrics}, notes=notes)
+    replayed = before.replayed or line.replayed
+    return replace(line, metrics={**before.metrics, **line.metrics}, replayed=replayed, notes=notes)
 
 
 def _is_evaluation(name: str) -> bool:

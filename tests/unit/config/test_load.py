@@ -70,8 +70,12 @@ CASES = {
     ),
     "a key like no other lists those that exist": (
         [("replicas: 1", "qqq: 1")],
-        "run.yaml:7: rollout.qqq is not a known key: remove it; rollout has deadline_s, engine, max_new_tokens, "
-        "replicas, samples_per_prompt, temperature",
+        "run.yaml:7: rollout.qqq is not a known key: remove it; rollout has deadline_s, drain_deadline_s, engine, "
+        "max_new_tokens, replicas, samples_per_prompt, scaling, temperature",
+    ),
+    "bounds of the engines' number that have changed places": (
+        [("replicas: 1", "scaling: {min: 3, max: 2}")],
+        "run.yaml:7: rollout.scaling.min is 3, but rollout.scaling.max is 2: lower the former or raise the latter",
     ),
     "a key of other variants names them": (
         [("{type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}", "{type: rloo, gamma: 0.5}")],
