@@ -179,6 +179,7 @@ class Loop:
         version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
         spans: tuple[Span, ...] = ()
         metrics: dict[str, float] = {}
+        started = time.monotonic()
         if not self._run.is_sft:
             known = self._log.weights(iteration)
             published = await self._publish(version, known)
@@ -194,6 +195,7 @@ class Loop:
             version = published.value.version
             spans = (*published.spans, *applied.spans)
             metrics = {**published.metrics, **applied.metrics}
+            metrics[telemetry.metrics.WEIGHTS_SYNC_SECONDS] = time.monotonic() - started
         return version, spans, metrics
 
     async def _publish(self, version: PolicyVersion, known: WeightsRecord | None) -> Served[WeightsRecord]:
@@ -224,4 +226,7 @@ class Loop:
         metrics = {name: value for part in parts for name, value in part.items()} | telemetry.phase_seconds(spans)
         metrics[telemetry.metrics.ITERATION_SECONDS] = ended - started
         metrics[telemetry.metrics.OVERHEAD_SHARE] = telemetry.overhead(spans, started, ended)
+        if telemetry.metrics.WEIGHTS_PAUSE_SECONDS in metrics:
+            paused = metrics[telemetry.metrics.WEIGHTS_PAUSE_SECONDS]
+            metrics[telemetry.metrics.WEIGHTS_PAUSE_SHARE] = paused / (ended - started)
         return metrics

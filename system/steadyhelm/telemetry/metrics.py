@@ -133,6 +133,15 @@ RESTARTS = _metric(
 WEIGHTS_BYTES = _metric(  # a replayed iteration publishes nothing
     "weights/bytes", "Bytes published for a policy version", "bytes", exact=False
 )
+WEIGHTS_SYNC_SECONDS = _metric(
+    "weights/sync_seconds", "From the end of a step until every engine serves its weights", "seconds", exact=False
+)
+WEIGHTS_PAUSE_SECONDS = _metric(
+    "weights/pause_seconds", "Longest pause of an engine to swap new weights in", "seconds", exact=False
+)
+WEIGHTS_PAUSE_SHARE = _metric(
+    "weights/pause_share", "That pause as a share of the iteration's wall time", "ratio", exact=False
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

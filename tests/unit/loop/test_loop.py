@@ -332,3 +332,20 @@ async def test_a_failing_shard_cancels_the_others_and_raises_its_own_error():
     loop, _, _ = make(store, rollout=Failing(store=store))
     with pytest.raises(UnscoredError, match="shard 1"):
         await asyncio.wait_for(drive(loop), 5)
+
+
+class PausedRollout(FakeRollout):
+    async def apply_weights(self, weights):
+        await super().apply_weights(weights)
+        return Served(value=None, metrics={names.WEIGHTS_PAUSE_SECONDS: 1.0e-9})
+
+
+async def test_an_iteration_says_how_long_its_weights_took_and_for_which_share_of_it_engines_paused():
+    store = MemoryStore()
+    loop, _, _ = make(store, rollout=PausedRollout(store=store))
+    found = [report.metrics for report in await drive(loop) if report.metrics]
+    for metrics in found:
+        share = metrics[names.WEIGHTS_PAUSE_SECONDS] / metrics[names.ITERATION_SECONDS]
+        assert metrics[names.WEIGHTS_PAUSE_SHARE] == pytest.approx(share)
+        assert 0.0 < metrics[names.WEIGHTS_SYNC_SECONDS] < metrics[names.ITERATION_SECONDS]
+    assert len(found) == 5

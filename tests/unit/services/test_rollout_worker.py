@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from steadyhelm.config.run import Data, Model, RunFile, Schedule, TransformersEngine
 from steadyhelm.config.run import Rollout as RolloutPart
+from steadyhelm.config.weights import LocalTransport, StoreTransport
 from steadyhelm.data.types import FinishReason, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord
 from steadyhelm.errors import CorruptObjectError, DataError, ModelError, ObjectMissingError, RetryableError
 from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.models.load import load_model
 from steadyhelm.services import ShardOrder
 from steadyhelm.services.reference import ReferenceScorer, ReferenceSpec
 from steadyhelm.services.rollout.shards import put_shard
@@ -21,6 +24,8 @@ from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.codec import decode_reference, decode_rollout
 from steadyhelm.store.images import put_image
 from steadyhelm.telemetry import metrics as names
+from steadyhelm.weights.named import named_weights
+from steadyhelm.weights.transports import make_sync
 
 VERSION = PolicyVersion(iteration=0, attempt=1)
 TRACE = "<think>It is 3.</think><answer>1</answer>"
@@ -50,6 +55,28 @@ def run_file(folder: Path, **data: object) -> RunFile:
 
 def spec_of(folder: Path, store: ObjectStore, **data: object) -> RolloutSpec:
     return RolloutSpec.of(run_file(folder, **data), folder=str(folder), store_uri=store.uri, version=VERSION)
+
+
+@pytest.mark.parametrize("transport", [StoreTransport(), LocalTransport()], ids=["store", "local"])
+async def test_published_weights_reach_the_engine_by_the_run_files_transport(
+    tiny_model: Path, store: ObjectStore, transport: StoreTransport | LocalTransport
+) -> None:
+    worker = RolloutWorker.build(replace(spec_of(tiny_model, store), weights=transport))
+    publisher = make_sync(transport, store, dtype=torch.float32, threads=1)
+    model = load_model(tiny_model, dtype="float32")
+    for iteration in (1, 2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        version = PolicyVersion(iteration=iteration, attempt=1)
+        applied = await worker.apply_weights(publisher.publish(version, f"t/weights/{version}", named_weights(model)))
+        swap = [span.end_s - span.start_s for span in applied.spans if span.name == "swap weights"]
+        assert applied.metrics == {names.WEIGHTS_PAUSE_SECONDS: sum(swap)}
+        assert len(swap) == 1
+    shard = await worker.rollout(order_of(prompts(store, 1), min_version=2))
+    assert shard.value.min_version == 2
+    await worker.close()
+    publisher.close()
 
 
 @pytest.fixture

@@ -87,10 +87,9 @@ class LearnerRank:
         )
         self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype, exact_stage=spec.exact_stage)
         self._training = Training(self._engine, self._encoder, run)
-        self._share = Share(
-            layout=self._engine.layout(_DTYPES[run.model.dtype]), index=rank, count=world_size, exchange=_exchange
-        )
-        self._weights = make_sync(run.weights, self._store, threads=run.runtime.threads, share=self._share)
+        dtype = _DTYPES[run.model.dtype]
+        self._share = Share(layout=self._engine.layout(dtype), index=rank, count=world_size, exchange=_exchange)
+        self._weights = make_sync(run.weights, self._store, dtype=dtype, threads=run.runtime.threads, share=self._share)
         self._pristine = True
 
     def restore(self, record: CheckpointRecord | None) -> Served[None]:

@@ -112,7 +112,8 @@ class TransformersEngine:
         async with self._taking:
             if weights.version == self._version:
                 return
-            tensors = await asyncio.to_thread(self._fetch, weights)
+            with telemetry.span("rollout", "fetch weights"):
+                tensors = await asyncio.to_thread(self._fetch, weights)
             self._swaps_waiting += 1
             try:
                 await self._on_thread(partial(self._swap, tensors, weights.version))

@@ -31,7 +31,7 @@ from steadyhelm.engines.environment import engine_python
 from steadyhelm.errors import DataError, RetryableError
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
-from steadyhelm.models.load import load_model
+from steadyhelm.models.load import DTYPES, load_model
 from steadyhelm.services import RolloutEngine, Served, ShardOrder
 from steadyhelm.services.rollout.served import ServedEngine, ServerSpec
 from steadyhelm.services.rollout.shards import adopt_shard, put_shard
@@ -95,7 +95,7 @@ def make_encoder(folder: str, model: Model, data: Data, store: ObjectStore) -> P
 
 def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -> RolloutEngine:
     """The engine that the run file names. Raises ModelError, ConfigError, EngineLostError, DeadlineError."""
-    fetch = make_sync(spec.weights, store, threads=spec.threads).fetch
+    fetch = make_sync(spec.weights, store, dtype=DTYPES[spec.model.dtype], threads=spec.threads).fetch
     engine = spec.rollout.engine
     match engine.type:
         case "transformers":
@@ -206,7 +206,8 @@ class RolloutWorker:
         """Returns once the engine serves ``weights``. Raises CorruptObjectError, ModelError."""
         with telemetry.collect() as spans, telemetry.span("rollout", "apply weights"):
             await self._engine.apply_weights(weights)
-        return Served(value=None, spans=tuple(spans))
+        paused = sum(span.end_s - span.start_s for span in spans if span.name == "swap weights")
+        return Served(value=None, spans=tuple(spans), metrics={names.WEIGHTS_PAUSE_SECONDS: paused})
 
     async def health(self) -> None:
         """Returns where the engine can serve. Raises EngineLostError."""
