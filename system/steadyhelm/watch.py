@@ -178,8 +178,9 @@ def _events(line: MetricsLine) -> Iterator[Event]:
     for note in line.notes:
         yield Notice(text=note)
     evaluation = _evaluation(line)
-    if line.metrics.keys() - evaluation.keys():
-        yield IterationDone(iteration=line.iteration, metrics=line.metrics, replayed=line.replayed)
+    stepped = {name: value for name, value in line.metrics.items() if name not in evaluation}
+    if stepped:
+        yield IterationDone(iteration=line.iteration, metrics=stepped, replayed=line.replayed)
     if evaluation:
         yield EvalDone(iteration=line.iteration, metrics=evaluation)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -40,7 +41,7 @@ and their deadlines begin when they are sent."""
 CLOSE_S = 5.0
 """How long a member may take to end its own processes before it is killed with them."""
 RETRY_S = 60.0
-"""Seconds from a member that could not be placed to the next try, while others serve."""
+"""Seconds from a member that could not be placed to the next try, while others serve, unless a pool says otherwise."""
 
 
 ONE = Work()
@@ -97,9 +98,11 @@ class Pool:
         spawn: makes the actor with the given number.
         size: how many members are wanted.
         start_deadline_s, call_deadline_s, drain_deadline_s, notice_s: seconds; see ``config.Runtime`` and ``Rollout``.
+        retry_s: seconds from a member that could not be placed to the next try.
         tell: takes events for the user.
         needs: what a member reserves, for messages.
         closes: whether members have processes of their own to end first.
+        by_slot: whether the factory takes the member's slot.
         leaving: says how many seconds nodes that are being drained have left, by id; None where nobody looks.
         end: kills an actor.
         replaced: how many members were lost and replaced.
@@ -115,9 +118,11 @@ class Pool:
     notice_s: float
     tell: EventSink
     drain_deadline_s: float = 120.0
+    retry_s: float = RETRY_S
     needs: str = "nothing"
     prepare: Callable[[Member], Awaitable[None]] | None = None
     closes: bool = False
+    by_slot: bool = False
     leaving: Callable[[], Mapping[str, float]] | None = None
     end: Callable[[ActorHandle], None] = ray.kill
     members: list[Member] = field(default_factory=list)
@@ -281,7 +286,9 @@ class Pool:
 
     async def _start(self, member: Member) -> None:
         """Returns when the member serves; what is put into all members meanwhile reaches it too."""
-        call = member.actor.start.remote(self._factory)
+        assert self._factory is not None
+        factory = partial(self._factory, member.slot) if self.by_slot else self._factory
+        call = member.actor.start.remote(factory)
         member.node = str(await self.ask(member, call, "start", self.start_deadline_s))
         if self.prepare is not None:
             await self.prepare(member)
@@ -311,7 +318,7 @@ class Pool:
             if self.room is None:
                 text = (
                     f"{self.service} {member.number} did not start, it reserves {self.needs} ({error}); {serving} of "
-                    f"{self.size} serve and go on, and it is tried again every {RETRY_S:g} s"
+                    f"{self.size} serve and go on, and it is tried again every {self.retry_s:g} s"
                 )
                 self.tell(Notice(text=text, level="warning"))
             self.room = serving
@@ -325,7 +332,7 @@ class Pool:
             self._broken = EngineLostError(text) if retryable else error
 
     async def _settle_later(self) -> None:
-        await asyncio.sleep(RETRY_S)
+        await asyncio.sleep(self.retry_s)
         self._settle()
 
     def _settle(self) -> None:
@@ -367,6 +374,7 @@ class Pool:
 
     async def _take(self, work: Work) -> Member:
         """A member for ``work``, once one has fewer than ``WIDTH`` calls."""
+        none_s = MAX_TRIES * self.start_deadline_s  # while none serves; so many starts may fail before the pool is over
         async with self._changed:
             self._waiting += 1
             self._note_load()
@@ -375,9 +383,9 @@ class Pool:
                     if self._broken is not None:
                         raise self._broken
                     try:
-                        await asyncio.wait_for(self._changed.wait(), None if self.serving else self.start_deadline_s)
+                        await asyncio.wait_for(self._changed.wait(), None if self.serving else none_s)
                     except TimeoutError:
-                        text = f"No {self.service} actor serves within {self.start_deadline_s:g} s."
+                        text = f"No {self.service} actor serves within {none_s:g} s."
                         raise DeadlineError(text) from None
                 member.works.append(work)
                 return member

@@ -1,0 +1,156 @@
+"""The policy as a function: bounds, direction, rest."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from steadyhelm.config.scaling import Scaling
+from steadyhelm.scaling import KEPT_FULL, STEP, Decision, Observation, State, decide, right_number, settled
+
+SCALING = Scaling(min=1, max=16)
+
+scalings = st.tuples(st.integers(1, 8), st.integers(0, 24), st.floats(0.05, 0.9), st.integers(1, 4)).map(
+    lambda drawn: Scaling(min=drawn[0], max=drawn[0] + drawn[1], learner_wait=drawn[2], settle=drawn[3])
+)
+shares = st.floats(0, 1)
+observations = st.builds(
+    Observation,
+    seconds=st.floats(0.01, 1e4),
+    serving=st.integers(1, 32),
+    learner_wait=shares,
+    saturation=shares,
+    queue=st.floats(0, 64),
+    staleness=st.floats(0, 8),
+)
+
+
+def seen(learner_wait: float, saturation: float, *, serving: int = 2, queue: float = 8.0, staleness: float = 1.0):
+    return Observation(
+        seconds=10.0,
+        serving=serving,
+        learner_wait=learner_wait,
+        saturation=saturation,
+        queue=queue,
+        staleness=staleness,
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "now", "desired"),
+    [
+        # 2 engines need 4 times as long as the learner: 8 keep up, and 80 % of 8 are enough
+        (1, seen(0.75, 1.0), 6),
+        (1, seen(0.0, 0.5, serving=4), 2),
+        # 1.8 would do: inside the band
+        (1, seen(0.1, 1.0), 2),
+        # one engine needs as long as the rest: 4 need a quarter of that, but it only triples at once
+        (0, seen(0.5, 0.5, serving=1), 3),
+        (0, seen(0.22, 0.2), 2),
+        # the learner waits for something else than engines
+        (1, seen(0.75, 0.1), 1),
+        # more engines than orders are of no use
+        (1, seen(0.75, 1.0, queue=1.5), 3),
+        # rollouts are fresh: nothing runs ahead of the learner
+        (1, seen(0.0, 0.2, serving=6, staleness=0.2), 6),
+    ],
+)
+def test_the_number_is_what_keeps_the_learner_waiting_as_long_as_it_may(max_staleness, now, desired):
+    assert settled(SCALING, max_staleness, now.serving, [now]).desired == desired
+
+
+@given(scalings, st.integers(0, 3), st.integers(1, 32), st.lists(observations, min_size=1, max_size=4))
+def test_the_number_stays_within_its_bounds_and_moves_by_bounded_steps(scaling, max_staleness, desired, window):
+    desired = min(max(desired, scaling.min), scaling.max)
+    decided = settled(scaling, max_staleness, desired, window)
+    assert scaling.min <= decided.desired <= scaling.max
+    assert math.ceil(desired / STEP) <= decided.desired <= max(desired * STEP, scaling.min)
+    assert decided.reason
+
+
+@given(scalings, st.integers(0, 3), st.integers(1, 32), st.lists(observations, min_size=1, max_size=4), st.data())
+def test_a_learner_that_waits_longer_never_gets_fewer_engines(scaling, max_staleness, desired, window, data):
+    desired = min(max(desired, scaling.min), scaling.max)
+    longer = [replace(it, learner_wait=data.draw(st.floats(it.learner_wait, 1))) for it in window]
+    before, after = (settled(scaling, max_staleness, desired, part).desired for part in (window, longer))
+    assert after >= before
+
+
+@given(scalings, st.integers(0, 3), st.integers(1, 32), observations)
+def test_under_a_load_that_does_not_change_the_number_comes_to_rest_and_stays(scaling, max_staleness, start, load):
+    """The load is what the formula takes as constant: engine seconds for each second of the learner."""
+    assume(load.saturation > 0.01)
+    right = right_number(scaling.learner_wait, max_staleness, [load])
+    state = State(desired=min(max(start, scaling.min), scaling.max))
+    decided = []
+    for _ in range(12 * (scaling.settle + 1)):
+        now = like(load, state.desired, right, scaling.learner_wait, max_staleness)
+        decision, state = decide(scaling, max_staleness, state, now)
+        decided.append(decision.desired)
+    rest = decided[6 * (scaling.settle + 1) :]
+    assert len(set(rest)) == 1
+    moves = [after - before for before, after in pairwise(decided) if after != before]
+    assert all(move > 0 for move in moves) or all(move < 0 for move in moves)
+
+
+def like(load: Observation, serving: int, right: float, wait: float, max_staleness: int) -> Observation:
+    """What ``serving`` engines would look like under the load of which ``right`` are the right number."""
+    work = right / (1 - wait) * (1 if max_staleness else wait)  # engine seconds for each of the learner's
+    generating = work / serving
+    total = max(generating, 1.0) if max_staleness else generating + 1.0
+    return replace(
+        load,
+        serving=serving,
+        seconds=total,
+        learner_wait=1 - 1 / total,
+        saturation=generating / total,
+        queue=64 / serving,
+        staleness=float(max_staleness),
+    )
+
+
+def run(state: State, *window: Observation, scaling: Scaling = SCALING) -> tuple[list[Decision], State]:
+    decided = []
+    for now in window:
+        decision, state = decide(scaling, 1, state, now)
+        decided.append(decision)
+    return decided, state
+
+
+def test_a_change_is_followed_by_one_iteration_that_does_not_count_and_those_that_a_decision_looks_at():
+    starved = seen(0.75, 1.0)
+    decided, state = run(State(desired=2), *[starved] * 3)
+    assert [each.desired for each in decided] == [2, 2, 6]
+    assert "does not count" in decided[0].reason
+    assert "saw 1 of the 2" in decided[1].reason
+    assert decided[2].reason == "learner waited 75 %, engines were 100 % saturated: 6.4 engines would do"
+    decided, state = run(state, seen(0.75, 1.0, serving=3))
+    assert "3 of 6 engines serve" in decided[0].reason
+    decided, _ = run(state, *[seen(0.75, 1.0, serving=6)] * 3)
+    assert [each.desired for each in decided] == [6, 6, 16]
+
+
+def test_an_iteration_in_which_an_engine_was_missing_starts_the_count_again():
+    decided, _ = run(
+        State(desired=2), seen(0.75, 1.0), seen(0.75, 1.0), seen(0.9, 1.0, serving=1), seen(0.75, 1.0), seen(0.75, 1.0)
+    )
+    assert [each.desired for each in decided] == [2] * 5
+
+
+def test_a_cluster_without_room_is_not_asked_again_for_a_while():
+    state = State(desired=6)
+    full = replace(seen(0.75, 1.0, serving=4), room=4)
+    decided, state = run(state, full)
+    assert (decided[0].desired, decided[0].reason) == (4, "there was no room for more than 4")
+    decided, state = run(state, *[seen(0.75, 1.0, serving=4)] * (KEPT_FULL - 1))
+    assert {each.desired for each in decided} == {4}
+    decided, _ = run(state, *[seen(0.75, 1.0, serving=4)] * 2)
+    assert decided[-1].desired > 4
+
+
+def test_the_fewest_engines_stay_wanted_where_there_is_no_room_for_them():
+    decided, state = run(State(desired=3), replace(seen(0.75, 1.0, serving=1), room=1), scaling=Scaling(min=3, max=5))
+    assert (decided[0].desired, state.desired) == (3, 3)
+    assert "1 of 3 engines serve" in decided[0].reason
