@@ -37,6 +37,28 @@ class ImageArrays:
     grid: tuple[int, int, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """A prepared image without its repetition: processors make films of images by showing each twice."""
+
+    pixels: NDArray[np.float32]  # [patches, channels, 1 or frames, height · width]
+    frames: int
+    grid: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, arrays: ImageArrays, channels: int, frames: int) -> _Kept:
+        """Keeps one frame where all are alike."""
+        split = arrays.pixels.reshape(len(arrays.pixels), channels, frames, -1)
+        alike = bool((split == split[:, :, :1]).all())
+        return cls(pixels=split[:, :, :1].copy() if alike else split, frames=frames, grid=arrays.grid)
+
+    def arrays(self) -> ImageArrays:
+        """The image as it was."""
+        patches, channels, _, area = self.pixels.shape
+        pixels = np.broadcast_to(self.pixels, (patches, channels, self.frames, area)).reshape(patches, -1)
+        return ImageArrays(pixels=pixels, grid=self.grid)
+
+
 class ImageCache:
     """Prepared images by key, least recently used out first, within a bound of bytes; safe to call from threads.
 
@@ -74,7 +96,7 @@ class ImageCache:
         self._size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self._fetch = fetch
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[ImageKey, ImageArrays] = OrderedDict()
+        self._kept: OrderedDict[ImageKey, _Kept] = OrderedDict()
         self._num_bytes = 0
         self._lock = Lock()
 
@@ -96,16 +118,17 @@ class ImageCache:
             kept = self._kept.get(key)
             if kept is not None:
                 self._kept.move_to_end(key)
-                return kept
+                return kept.arrays()
         if data is None:
             if self._fetch is None:
                 raise DataError(f"image {key} is given by its key but no store to read it from: pass fetch=")
             data = self._fetch(key)
         arrays = self._prepare(key, data)
+        kept = _Kept.of(arrays, len(self._processor.image_mean), int(self._processor.temporal_patch_size))
         with self._lock:
-            if key not in self._kept and arrays.pixels.nbytes <= self._max_bytes:
-                self._kept[key] = arrays
-                self._num_bytes += arrays.pixels.nbytes
+            if key not in self._kept and kept.pixels.nbytes <= self._max_bytes:
+                self._kept[key] = kept
+                self._num_bytes += kept.pixels.nbytes
             while self._num_bytes > self._max_bytes:
                 self._num_bytes -= self._kept.popitem(last=False)[1].pixels.nbytes
         return arrays

@@ -12,11 +12,12 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
 from steadyhelm.errors import FatalError, LearnerLostError
+from steadyhelm.runtime import process_group
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.mailbox import Command, Mailbox, Outcome
 from steadyhelm.services import Served
@@ -148,19 +149,21 @@ class LearnerGroup:
         error = self._over.result()
         raise FatalError(f"The learner group ended while it was waited for ({of}): {error}") from error
 
-    def _trainer(self) -> TorchTrainer:
+    def _trainer(self) -> DataParallelTrainer:
         gpus = self._run.runtime.gpus_per_learner
         resources = {"CPU": max(self._run.runtime.cpus_per_actor, 0.001)} | ({"GPU": gpus} if gpus else {})
-        return TorchTrainer(
+        return DataParallelTrainer(
             _train,
             train_loop_config={
                 "mailbox": self._mailbox,
+                "gpu": gpus > 0,
                 "start_deadline_s": self._run.runtime.start_deadline_s,
+                "step_deadline_s": self._run.runtime.step_deadline_s,
             },
             scaling_config=ScalingConfig(
                 num_workers=self._run.learner.replicas, use_gpu=gpus > 0, resources_per_worker=resources
             ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            backend_config=process_group.RanksConfig(),
             run_config=RunConfig(
                 name=f"{self._run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=self._scratch,
@@ -186,9 +189,15 @@ async def ended(stop: Awaitable[Any], over: asyncio.Future[Any], wait_s: float) 
 
 
 def _train(config: dict[str, Any]) -> None:
-    """The training function of one rank: joins, and serves the mailbox's commands in order."""
+    """The training function of one rank."""
     import steadyhelm.services.learner  # noqa: F401 - takes seconds, which the other services' starts can hide
 
+    with process_group.joined(gpu=config["gpu"], deadline_s=config["step_deadline_s"]):
+        _serve(config)
+
+
+def _serve(config: dict[str, Any]) -> None:
+    """Joins the mailbox, and serves its commands in order until it says stop."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     mailbox, deadline_s = config["mailbox"], config["start_deadline_s"]
