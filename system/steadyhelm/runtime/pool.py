@@ -355,9 +355,10 @@ class Pool:
                 idle = self._changed.wait_for(lambda: not member.works or member.stage is Stage.GONE)
                 await asyncio.wait_for(idle, deadline_s)
         except TimeoutError:
-            member.moved = True
-            text = f"{self.service} {member.number} is not done within {deadline_s:g} s; its calls go to others"
-            self.tell(Notice(text=text, level="warning"))
+            if member.works:
+                member.moved = True
+                text = f"{self.service} {member.number} is not done within {deadline_s:g} s; its calls go to others"
+                self.tell(Notice(text=text, level="warning"))
         if member.stage is not Stage.GONE:
             await self._end(member)
             self.tell(Notice(text=f"{self.service} {member.number} has left"))
