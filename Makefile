@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup train test test-runs test-store test-engines engines test-gpu check bench constraints clean
+.PHONY: help setup train test test-charts test-runs test-store test-engines engines test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -28,7 +28,11 @@ train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (
 		--set model.path=runs/$(COLD_START)/model $(if $(ENGINE),--set rollout.engine.type=$(ENGINE))
 
 test: setup ## every test that needs nothing beyond PyPI
-	$(BIN)/pytest -m "not engines and not gpu and not runs and not store" tests
+	$(BIN)/pytest -m "not charts and not engines and not gpu and not runs and not store" tests
+
+test-charts: setup ## the Helm charts, rendered by helm and judged by the schemas of Kubernetes and KubeRay (helm is built by Go where missing)
+	@.ci/helm >/dev/null || { echo "make test-charts: nothing was tested" >&2; exit 1; }
+	$(BIN)/pytest -m charts -rs tests/charts
 
 test-runs: setup ## whole runs over real Ray, killed and resumed
 	$(BIN)/pytest -m runs tests

@@ -60,6 +60,7 @@ def run_file_page() -> str:
 
 def _metric_row(name: str, exposed: str, metric: Metric) -> str:
     repeats = "yes" if metric.exact else "no"
+    exposed += "_total" if metric.kind == "counter" else ""  # as the text format has it
     return f"| `{name}` | `{exposed}` | {_cell(metric.help)} | {metric.unit or '–'} | {metric.kind} | {repeats} |"
 
 

@@ -38,6 +38,8 @@ from steadyhelm.telemetry.metrics import REPLAYED, RESTARTS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What ends a run on purpose."""
+METRICS_ADDRESS = "STEADYHELM_METRICS_ADDRESS"
+"""Environment variable: ``host:port`` where a driver's metrics are read whose run file names no port. For clusters."""
 NOTES = 20
 """Lines to the terminal that the metrics keep of an iteration, the newest."""
 
@@ -484,20 +486,29 @@ def _require_model(run_file: RunFile) -> None:
 
 @contextmanager
 def _scraped(run_file: RunFile, run_id: str, tell: EventSink) -> Iterator[EventSink]:
-    """Yields ``tell`` with Prometheus' endpoint at ``runtime.metrics_port`` behind it. Raises ResourceError."""
+    """Yields ``tell`` with Prometheus' endpoint behind it, at ``runtime.metrics_port`` or else at ``METRICS_ADDRESS``.
+
+    Raises ResourceError where the run file's port is taken. The environment's may be: several runs share a pod.
+    """
     port = run_file.runtime.metrics_port
-    if not port:
+    host, _, given = ("127.0.0.1", "", str(port)) if port else os.environ.get(METRICS_ADDRESS, "").rpartition(":")
+    if not given:
         yield tell
         return
     from steadyhelm.telemetry.prometheus import LatestMetrics, serve_prometheus
 
     latest = LatestMetrics(run_id)
     try:
-        _, stop = serve_prometheus(latest, port)
+        _, stop = serve_prometheus(latest, int(given), host)
     except OSError as error:
-        raise ResourceError(
-            f"runtime.metrics_port {port} cannot be opened ({error.strerror}): choose another port, or 0 for none"
-        ) from error
+        if port:
+            raise ResourceError(
+                f"runtime.metrics_port {port} cannot be opened ({error.strerror}): choose another port, or 0 for none"
+            ) from error
+        text = f"Prometheus does not see this run: {METRICS_ADDRESS} {host}:{given} is taken ({error.strerror})."
+        tell(Notice(text=text, level="warning"))
+        yield tell
+        return
 
     def told(event: Event) -> None:
         if isinstance(event, IterationDone | EvalDone):

@@ -1,0 +1,287 @@
+"""The cluster's chart as helm renders it, judged by the schemas of who reads it and by what has to hold anyway."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.charts.conftest import Render
+from tests.charts.invariants import faults
+from tests.charts.objects import CLUSTER, EXAMPLES, Manifest, groups, one, pods
+from tests.charts.schemas import Judge
+from tests.charts.test_cluster_values import SCHEMA, VALUES, merged
+from tests.charts.values import values
+
+pytestmark = pytest.mark.charts
+
+EVERYTHING = {
+    "s3": {"embedded": {"enabled": True, "size": "10Gi"}},
+    "networkPolicy": {"apiFrom": ["research", "steadyhelm-system"], "metricsFrom": ["monitoring"]},
+    "monitoring": {"podMonitor": {"enabled": True}, "alerts": {"enabled": True}},
+    "kueue": {"queue": "research", "priorityClass": "high", "elastic": True},
+    "pools": {
+        "rollout": {
+            "spot": {"enabled": True, "nodeSelector": {"spot": "true"}, "tolerations": [{"operator": "Exists"}]}
+        }
+    },
+}
+"""Values that turn everything on."""
+
+
+def wrong(judge: Judge, manifests: list[Manifest]) -> list[str]:
+    """Everything that schemas and invariants say against what was rendered."""
+    templates = [spec["template"] for _, spec in groups(one(manifests, "RayCluster"))]
+    return [
+        *(fault for manifest in manifests for fault in judge.faults(manifest)),
+        *(fault for template in templates for fault in judge.template_faults(template)),
+        *faults(manifests),
+    ]
+
+
+def contradicts(given_values: dict[str, Any]) -> bool:
+    """Whether values contradict each other in a way that a schema cannot see."""
+    all_values = merged(VALUES, given_values)
+    pools, s3, kueue = all_values["pools"], all_values["s3"], all_values["kueue"]
+    scaled = (pools["rollout"], pools["rollout"]["spot"], pools["reward"])
+    return (
+        any(pool["min"] > pool["max"] for pool in scaled)
+        or (s3["embedded"]["enabled"] and bool(s3["uri"] or s3["credentialsSecret"]))
+        or (bool(kueue["queue"]) and all_values["autoscaling"]["enabled"] and not kueue["elastic"])
+    )
+
+
+def test_rayclusters_are_judged_by_kuberays_own_schema(judge: Judge, render: Render):
+    if not judge.knows("RayCluster"):
+        pytest.skip("KubeRay's CRDs are in no package: set STEADYHELM_KUBERAY_CRDS to a folder with them")
+    cluster = one(render({}), "RayCluster")
+    assert judge.faults(cluster) == []
+    cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Always"
+    cluster["spec"]["authOptions"]["mode"] = "open"
+    assert len(judge.faults(cluster)) == 2
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, EVERYTHING, *(yaml.safe_load(file.read_text()) for file in EXAMPLES)],
+    ids=["defaults", "everything", *(file.stem for file in EXAMPLES)],
+)
+def test_defaults_and_examples_render_to_objects_that_hold(judge: Judge, render: Render, chosen: dict[str, Any]):
+    assert wrong(judge, render(chosen)) == []
+
+
+@pytest.mark.parametrize("file", [CLUSTER / "values.yaml", *EXAMPLES], ids=lambda file: file.stem)
+def test_helm_finds_no_fault(helm: Path, file: Path):
+    done = subprocess.run([helm, "lint", "--strict", CLUSTER, "--values", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@settings(max_examples=50, deadline=None, phases=(Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck))
+@given(chosen=values(SCHEMA, VALUES))
+def test_any_values_render_to_objects_that_hold(judge: Judge, render: Render, chosen: dict[str, Any]):
+    if contradicts(chosen):
+        with pytest.raises(ValueError, match="execution error"):
+            render(chosen)
+    else:
+        assert wrong(judge, render(chosen)) == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"pools": {"rollout": {"min": 5}}}, "pools.rollout.min is 5, but pools.rollout.max is 4: lower"),
+        ({"pools": {"rollout": {"spot": {"min": 9}}}}, "pools.rollout.spot.min is 9, but pools.rollout.spot.max is 8"),
+        ({"kueue": {"queue": "q"}}, "Kueue refuses clusters that scale themselves: turn autoscaling.enabled off"),
+        (
+            {"s3": {"uri": "s3://bucket/runs", "embedded": {"enabled": True}}},
+            "leave s3.uri and s3.credentialsSecret empty",
+        ),
+        ({"pools": {"rollout": {"mim": 1}}}, "additional properties 'mim' not allowed"),
+    ],
+)
+def test_a_contradiction_is_named_with_its_remedy(render: Render, chosen: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        render(chosen)
+
+
+def test_a_release_whose_name_no_cluster_can_have_is_refused(render: Render):
+    with pytest.raises(ValueError, match='name "7b" must begin with a letter'):
+        render({}, release="7b")
+    assert one(render({"name": "rl"}, release="7b"), "RayCluster")["metadata"]["name"] == "rl"
+
+
+@pytest.mark.parametrize("release", ["null", "yes", "on", "n"])
+def test_a_name_that_yaml_could_take_for_something_else_stays_a_name(judge: Judge, render: Render, release: str):
+    manifests = render(EVERYTHING, release=release)
+    assert one(manifests, "RayCluster")["metadata"]["name"] == release
+    assert wrong(judge, manifests) == []
+
+
+def test_everything_names_every_kind_and_admits_every_port_that_is_not_rays_own(render: Render):
+    manifests = render(EVERYTHING)
+    kinds = [manifest["kind"] for manifest in manifests]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "RayCluster": 1, "ServiceAccount": 2, "NetworkPolicy": 4, "PodDisruptionBudget": 2, "Secret": 1, "Service": 1,
+        "StatefulSet": 1, "PodMonitor": 1, "PrometheusRule": 1, "ConfigMap": 2, "Pod": 1,
+    }  # fmt: skip
+    (head,) = (pod for pod in pods(manifests) if pod.group == "headgroup")
+    admitted = {
+        port["port"]
+        for policy in ("rl", "rl-head")
+        for rule in one(manifests, "NetworkPolicy", policy)["spec"]["ingress"]
+        for port in rule.get("ports", [])
+    }
+    assert admitted == set(head.ports) - {"gcs-server"}
+    (bucket,) = (pod for pod in pods(manifests) if pod.name == "rl-s3-0")
+    assert bucket.spec["containers"][0]["args"] == [
+        "--port",
+        ":7070",
+        "--quiet",
+        "posix",
+        "--concurrency",
+        "1",
+        "/data",
+    ]
+
+
+def test_only_named_namespaces_reach_the_ray_api(render: Render):
+    def reaching(chosen: dict[str, Any]) -> list[str]:
+        policy = one(render(chosen), "NetworkPolicy", "rl-head")
+        return [
+            peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+            for rule in policy["spec"].get("ingress", [])
+            for peer in rule["from"]
+            if {"port": "dashboard", "protocol": "TCP"} in rule["ports"]
+        ]
+
+    assert reaching({}) == []
+    assert reaching({"networkPolicy": {"apiFrom": ["a", "b"], "metricsFrom": ["c"]}}) == ["a", "b"]
+
+
+def test_only_the_autoscaler_holds_a_token_of_the_kubernetes_api(render: Render):
+    manifests = render({})
+    holders = {
+        f"{pod.group}/{container['name']}"
+        for pod in pods(manifests)
+        for container in pod.containers
+        if any(mount["name"] == "kubernetes-api" for mount in container["volumeMounts"])
+    }
+    assert holders == {"headgroup/autoscaler"}
+
+
+def test_without_the_autoscaler_every_pool_has_its_least(render: Render):
+    cluster = one(render({"autoscaling": {"enabled": False}, "pools": {"rollout": {"min": 3}}}), "RayCluster")["spec"]
+    counts = {g["groupName"]: (g["minReplicas"], g["replicas"], g["maxReplicas"]) for g in cluster["workerGroupSpecs"]}
+    assert counts == {"rollout": (3, 3, 3), "reference": (0, 0, 0), "reward": (1, 1, 1), "learner": (1, 1, 1)}
+    assert "autoscalerOptions" not in cluster
+    assert not any("priority" in group for group in cluster["workerGroupSpecs"])
+
+
+def test_spot_pods_come_first_and_may_run_elsewhere_unless_they_must_not(render: Render):
+    def rollouts(required: bool) -> list[dict[str, Any]]:
+        spot = {
+            "enabled": True,
+            "nodeSelector": {"spot": "true"},
+            "required": required,
+            "tolerations": [{"operator": "Exists"}],
+        }
+        cluster = one(render({"pools": {"rollout": {"spot": spot}}}), "RayCluster")
+        return [group for name, group in groups(cluster) if name.startswith("rollout")]
+
+    stays, spot = rollouts(required=False)
+    assert (stays["priority"], spot["priority"]) == (0, 10)
+    assert "tolerations" not in stays["template"]["spec"]
+    (preferred,) = spot["template"]["spec"]["affinity"]["nodeAffinity"].values()
+    assert preferred == [
+        {"weight": 100, "preference": {"matchExpressions": [{"key": "spot", "operator": "In", "values": ["true"]}]}}
+    ]
+    assert "nodeSelector" not in spot["template"]["spec"]
+    assert rollouts(required=True)[1]["template"]["spec"]["nodeSelector"] == {"spot": "true"}
+
+
+def test_a_pools_values_go_over_the_defaults(render: Render):
+    chosen = {
+        "defaults": {"env": {"A": "1", "B": "1"}, "mounts": {"/data": {"claim": "all"}}, "nodeSelector": {"zone": "a"}},
+        "pools": {
+            "reward": {"env": {"B": "2", "HOME": "/data"}, "mounts": {"/data": {"secret": "own", "readOnly": True}}}
+        },
+        "image": {"registry": "registry.example.org/team/", "tag": "v2"},
+    }
+    chosen["image"]["registry"] = "registry.example.org/team"
+    found = {pod.group: pod for pod in pods(render(chosen))}
+    container = found["reward"].spec["containers"][0]
+    environment = {env["name"]: env["value"] for env in container["env"]}
+    assert {name: environment[name] for name in ("A", "B", "HOME")} == {"A": "1", "B": "2", "HOME": "/data"}
+    assert found["reward"].spec["volumes"][-1] == {"name": "mount-0", "secret": {"secretName": "own"}}
+    assert found["learner"].spec["volumes"][-1]["persistentVolumeClaim"] == {"claimName": "all"}
+    assert {pod.spec["nodeSelector"]["zone"] for group, pod in found.items() if group} == {"a"}
+    assert container["image"] == "registry.example.org/team/steadyhelm-reward:v2"
+
+
+@pytest.mark.parametrize(
+    ("image", "reference"),
+    [
+        ("steadyhelm-cpu", "r.example.org:5000/steadyhelm-cpu:0.1.0"),
+        ("steadyhelm-cpu:dev", "steadyhelm-cpu:dev"),
+        ("localhost:5000/steadyhelm-cpu:dev", "localhost:5000/steadyhelm-cpu:dev"),
+        (f"a/b@sha256:{'0' * 64}", f"a/b@sha256:{'0' * 64}"),
+    ],
+)
+def test_an_image_is_completed_unless_it_is_whole(render: Render, image: str, reference: str):
+    found = pods(render({"image": {"registry": "r.example.org:5000"}, "pools": {"head": {"image": image}}}))
+    assert [pod.spec["containers"][0]["image"] for pod in found if pod.group == "headgroup"] == [reference]
+
+
+def test_credentials_come_as_a_file(render: Render):
+    manifests = render({"s3": {"uri": "s3://bucket/runs", "credentialsSecret": "mine"}})
+    for pod in pods(manifests):
+        if not pod.group:
+            continue
+        (volume,) = (volume for volume in pod.spec["volumes"] if volume["name"] == "s3-credentials")
+        assert volume["secret"]["secretName"] == "mine"
+        environment = {env["name"]: env["value"] for env in pod.spec["containers"][0]["env"]}
+        assert environment["AWS_SHARED_CREDENTIALS_FILE"] == "/var/run/secrets/steadyhelm/s3/credentials"
+        assert environment["STEADYHELM_STORE_URI"] == "s3://bucket/runs"
+
+
+def test_the_smoke_test_runs_on_the_store_by_the_ray_api(render: Render):
+    manifests = render({"s3": {"embedded": {"enabled": True}}})
+    files = one(manifests, "ConfigMap", "rl-smoke")["data"]
+    store = "s3://steadyhelm/runs?endpoint=http://rl-s3.ns.svc:7070"
+    assert yaml.safe_load(files["smoke.yaml"])["store"]["uri"] == store
+    assert files["smoke.py"] == (CLUSTER / "files" / "smoke" / "smoke.py").read_text()
+    pod = one(manifests, "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert "ray job submit --address http://rl-head-svc.ns.svc:8265" in pod["spec"]["containers"][0]["args"][0]
+    assert not [m for m in render({}) if m["kind"] == "Pod"]
+
+
+def test_the_dashboard_and_the_alerts_arrive_whole(render: Render):
+    manifests = render(EVERYTHING)
+    assert len(json.loads(one(manifests, "ConfigMap", "rl-dashboard")["data"]["steadyhelm.json"])["panels"]) > 10
+    (group,) = one(manifests, "PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        assert '{namespace="ns",ray_io_cluster="rl"' in rule["expr"]
+        assert rule["annotations"]["runbook_url"].startswith("docs/howto/cluster.md#")
+        assert "$labels.run" in rule["annotations"]["summary"]
+
+
+def test_the_notes_say_what_is_next_and_what_is_missing(helm: Path, tmp_path: Path):
+    def notes(*more: str) -> str:
+        command = [helm, "install", "rl", CLUSTER, "--dry-run=client", "--namespace", "ns", *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.partition("NOTES:")[2]
+
+    bare, complete = notes(), notes("--values", str(CLUSTER / "examples" / "spot.yaml"))
+    assert "kubectl -n ns port-forward svc/rl-head-svc 8265" in bare
+    assert "MISSING  No store is named" in bare
+    assert "helm -n ns test rl" in complete
+    assert 'uri: "s3://my-bucket/runs?region=eu-central-1"' in complete
+    assert "MISSING  No" not in complete
+    trying = notes("--set", "s3.embedded.enabled=true,auth.mode=disabled,networkPolicy.enabled=false")
+    assert trying.count("WARNING") == 3
