@@ -14,10 +14,12 @@ from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog
 from steadyhelm.store.probe import require_one_winner
+from steadyhelm.telemetry import MetricsLog
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.fake_services import FakeLearner, FakePrompts, FakeReward, FakeRollout
 from steadyhelm.testing.memory_store import MemoryStore
 from steadyhelm.testing.s3_server import make_bucket, s3_server
+from steadyhelm.watch import Watcher
 
 from tests.store.faults import fault_proxy, lose, pretend, refuse, reset
 
@@ -65,6 +67,20 @@ def test_a_second_driver_is_told_who_holds_the_run(s3_uri):
         with pytest.raises(FatalError, match=r"another driver is running run 'run'"), held(open_store(s3_uri), "run"):
             pass
     assert list(store.list("")) == []
+
+
+def test_a_run_is_watched_out_of_its_bucket_alone_and_a_lease_shows_its_driver(s3_uri):
+    log = driver.take_over(RUN, open_store(s3_uri), "fake", False)
+    watcher = Watcher(*open_run(run_uri(open_store(s3_uri), "fake")))
+    assert watcher.sure().drive == "driven by nobody"
+    with held(open_store(s3_uri), "fake"):
+        lines = MetricsLog(open_store(s3_uri).put, "fake/metrics", log.attempt)
+        lines.append(1, {"reward/mean": 0.5}, notes=["engines 1 → 2"])
+        lines.flush()
+        status = watcher.sure()
+        assert status.drive.startswith("driven by pid ")
+    assert (status.metrics_of, status.metrics, status.notes) == (1, {"reward/mean": 0.5}, ((1, "engines 1 → 2"),))
+    assert watcher.sure().drive == "driven by nobody"
 
 
 def test_any_process_opens_the_store_by_its_uri_from_any_folder(s3_uri, tmp_path):
