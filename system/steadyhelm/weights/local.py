@@ -214,7 +214,7 @@ class _Folder:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        memory = memory_folder(KEPT * num_bytes)
+        memory = memory_folder(num_bytes)  # which has room for two
         made = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=memory))
         self._lock = os.open(made / "lock", os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
