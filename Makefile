@@ -21,8 +21,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # The cold start is made once for each state of what makes it.
 COLD_START = digits-sft-$(shell cat workloads/r1_reward/digits_sft.yaml workloads/r1_reward/*.py | sha256sum | cut -c1-8)
 
-train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (RESUME=1 goes on with the last, ENGINE=vllm samples with a server)
-	@$(if $(filter vllm,$(ENGINE)),.ci/engines $(ENGINE) >/dev/null)
+train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (RESUME=1 goes on with the last, ENGINE=vllm or sglang samples with a server)
+	@$(if $(filter vllm sglang,$(ENGINE)),.ci/engines $(ENGINE) >/dev/null)
 	@$(BIN)/steadyhelm sft workloads/r1_reward/digits_sft.yaml --id $(COLD_START)
 	@$(BIN)/steadyhelm run workloads/r1_reward/digits.yaml $(if $(RESUME),--resume-last,--new) \
 		--set model.path=runs/$(COLD_START)/model $(if $(ENGINE),--set rollout.engine.type=$(ENGINE))
@@ -41,8 +41,9 @@ test-store: setup ## the batch plane on a real S3 server (versitygw, built by Go
 	@[ -n "$$STEADYHELM_TEST_S3_ENDPOINT" ] || .ci/versitygw >/dev/null || { echo "make test-store: nothing was tested" >&2; exit 1; }
 	$(BIN)/pytest -m store -rs tests
 
-engines: ## the environment of the vLLM server, from PyPI, in the cache; for machines without a GPU
+engines: ## the environments of the vLLM and the SGLang server, from PyPI, in the cache; for machines without a GPU
 	@.ci/engines vllm
+	@.ci/engines sglang
 
 test-engines: setup engines ## engine servers under the suite of all engines
 	$(BIN)/pytest -m engines tests

@@ -2,25 +2,44 @@
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from steadyhelm.engines.process import EngineProcess
 from steadyhelm.services.rollout.served import ServerSpec
+from steadyhelm.services.rollout.sglang import sglang_plan
 from steadyhelm.services.rollout.vllm import vllm_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PLANS = {"vllm": vllm_plan, "sglang": sglang_plan}
+
+
 @pytest.fixture(scope="session")
 def vllm_server(tiny_model: Path) -> Iterator[EngineProcess]:
     """A vLLM server of the tiny model."""
-    python = subprocess.run([ROOT / ".ci" / "engines", "vllm"], capture_output=True, text=True)
+    with served("vllm", tiny_model) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sglang_server(tiny_model: Path) -> Iterator[EngineProcess]:
+    """An SGLang server of the tiny model."""
+    with served("sglang", tiny_model) as server:
+        yield server
+
+
+@contextmanager
+def served(engine: str, folder: Path) -> Iterator[EngineProcess]:
+    """A server of a model folder, as a rollout actor would start it."""
+    python = subprocess.run([ROOT / ".ci" / "engines", engine], capture_output=True, text=True)
     assert python.returncode == 0, python.stderr
-    plan = vllm_plan(
+    plan = PLANS[engine](
         ServerSpec(
             python=python.stdout.strip(),
-            folder=str(tiny_model),
+            folder=str(folder),
             dtype="float32",
             device="cpu",
             max_tokens=1024,

@@ -38,7 +38,8 @@ from steadyhelm.models.layout import ModelLayout
 from steadyhelm.models.load import load_model
 from steadyhelm.models.logprobs import completion_logprobs
 from steadyhelm.services import RolloutEngine
-from steadyhelm.services.rollout.served import Dialect, ServedEngine
+from steadyhelm.services.rollout.served import Dialect, Guest, ServedEngine
+from steadyhelm.services.rollout.sglang import SglangDialect
 from steadyhelm.services.rollout.transformers import TransformersEngine
 from steadyhelm.services.rollout.vllm import VllmDialect
 from steadyhelm.store import open_store
@@ -181,15 +182,24 @@ class ServedSubject(TransformersSubject):
     def __init__(self, folder: Path, root: Path, server: EngineProcess, dialect: Dialect) -> None:
         super().__init__(folder, root)
         self.process = server
-        self.engine = ServedEngine(
-            server.url,
-            process=Lent(server),
+        self.engine = self._served(Lent(server), dialect, PolicyVersion(iteration=0, attempt=2))
+
+    def _served(self, process: Lent | Guest, dialect: Dialect, version: PolicyVersion) -> ServedEngine:
+        return ServedEngine(
+            self.process.url,
+            process=process,
             dialect=dialect,
             encoder=self._encoder,
-            layout=ModelLayout(folder, dtype="float32"),
-            version=PolicyVersion(iteration=0, attempt=2),
+            layout=ModelLayout(self._folder, dtype="float32"),
+            version=version,
             fetch=self._weights.fetch,
             deadline_s=120.0,
+        )
+
+    def be_guest(self, dialect: Dialect, folder: Path) -> None:
+        """From now on the engine is a guest of the server."""
+        self.engine = self._served(
+            Guest(key=self.process.key, folder=folder, first=self._scorers[0].state_dict), dialect, FIRST
         )
 
     def put(self, image: bytes) -> ImageKey:
@@ -269,7 +279,7 @@ class FakeSubject:
 
 
 ENGINES = {"transformers": TransformersSubject, "fake": FakeSubject}
-SERVED = {"vllm": VllmDialect}
+SERVED = {"vllm": VllmDialect, "sglang": SglangDialect}
 
 
 @pytest.fixture(params=[*sorted(ENGINES), *(pytest.param(name, marks=pytest.mark.engines) for name in SERVED)])
@@ -569,7 +579,7 @@ async def test_a_request_that_the_server_refuses_is_an_error_of_its_data(served:
     good = served.request("0:0", TEXTS[0])
     with pytest.raises(DataError, match="refuses"):
         await answers(served, [replace(good, prompt_tokens=np.full(2000, 20, np.int32))])
-    with pytest.raises(DataError, match="leaves the server room"):
+    with pytest.raises(DataError, match=r"leaves the server room|refuses"):
         await answers(served, [replace(good, prompt_tokens=np.full(1010, 20, np.int32))])
     blind = replace(good, images=(served.put(picture(1)),))
     with pytest.raises(DataError, match="image tokens"):
@@ -584,6 +594,44 @@ async def test_orders_share_the_server_and_none_waits_for_another_to_end(served:
     assert len(short) == 2
     assert not long.done()
     await long
+
+
+@pytest.mark.engines
+async def test_sglang_with_our_plug_in_draws_what_our_own_engine_draws(
+    sglang_server: EngineProcess, tiny_model: Path, tmp_path: Path
+) -> None:
+    theirs = ServedSubject(tiny_model, tmp_path / "store", sglang_server, SglangDialect())
+    await theirs.begin()
+    ours = TransformersSubject(tiny_model, tmp_path / "store")
+    requests = several(theirs)
+    greedy = asyncio.create_task(answers(theirs, requests[:3], Sampling(max_new_tokens=200, greedy=True)))
+    found, expected = await answers(theirs, requests), await answers(ours, requests)
+    await greedy  # requests of another kind in the same batches change nothing
+    same = [bool(np.array_equal(found[name].tokens, expected[name].tokens)) for name in expected]
+    assert sum(same) >= len(same) - 1  # a uniform may fall on the last bit of a probability
+    await theirs.engine.close()
+
+
+async def test_a_server_that_somebody_else_runs_gets_our_weights_and_answers_with_them(
+    served: ServedSubject, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    await served.engine.apply_weights(served.record(PolicyVersion(iteration=9, attempt=2)))  # somebody else's
+    old, dialect = served.engine, SERVED[request.node.callspec.params["served"]]()
+    (tmp_path / "shared").mkdir()
+    served.be_guest(dialect, tmp_path / "shared")
+    requests = several(served, 4)
+    found = await answers(served, requests)
+    await served.engine.apply_weights(served.record(PolicyVersion(iteration=5, attempt=2)))
+    later = await answers(served, requests)
+    for request_ in requests:
+        for version, done in ((0, found[request_.prompt_id]), (2, later[request_.prompt_id])):
+            assert set(done.versions.tolist()) == {5 if version else 4}
+            expected = served.logprobs(version, request_, done.tokens)
+            np.testing.assert_allclose(done.logprobs, expected, rtol=0, atol=1e-4)
+    assert list((tmp_path / "shared").iterdir()) == []
+    with pytest.raises(EngineLostError, match="does another run use it"):
+        await anext(old.generate(requests, Sampling(max_new_tokens=2)))
+    await old.close()
 
 
 async def test_a_killed_server_is_noticed_and_its_requests_come_back_to_be_tried_again(served: ServedSubject) -> None:

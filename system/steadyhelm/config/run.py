@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from steadyhelm.config.algorithm import GROUPED, Algorithm, PolicyGradient, Sft, StableReinforce
 from steadyhelm.config.base import CodeRef, Count, Part, Seconds
-from steadyhelm.config.engine import Engine, TransformersEngine
+from steadyhelm.config.engine import Engine, ExternalEngine, TransformersEngine
 from steadyhelm.config.place import parse_place
 from steadyhelm.config.reward import Reward
 from steadyhelm.config.scaling import Scaling
@@ -91,6 +91,23 @@ class Rollout(Part):
     """Longest time for one shard's generation before it goes to another engine."""
     drain_deadline_s: Seconds = 120.0
     """How long an engine that leaves may take for the shards that it has; then they go to others."""
+
+    @model_validator(mode="after")
+    def _one_server_each(self) -> Self:
+        if not isinstance(self.engine, ExternalEngine):
+            return self
+        servers = len(self.engine.urls)
+        if self.replicas != servers:
+            raise ValueError(
+                f"rollout.replicas is {self.replicas}, but rollout.engine.urls has {servers} servers, one for each "
+                f"rollout actor: set rollout.replicas to {servers}"
+            )
+        if self.scaling is not None:
+            raise ValueError(
+                "rollout.scaling is given, but rollout.engine.type is 'external': the number of servers is fixed, so "
+                "leave out rollout.scaling"
+            )
+        return self
 
 
 class Reference(Part):

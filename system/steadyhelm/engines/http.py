@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -145,10 +146,12 @@ class EngineServer:
         if self._ended is not None:
             done, _ = await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=WATCH_S)
             return bool(done)
-        host, _, port = self.url.rpartition("//")[2].partition(":")
+        place = urlsplit(self.url)
         try:
             async with asyncio.timeout(CONNECT_S):
-                _, writer = await asyncio.open_connection(host, int(port or 80))
+                _, writer = await asyncio.open_connection(
+                    place.hostname, place.port or (443 if place.scheme == "https" else 80)
+                )
         except OSError:
             return True
         writer.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,15 @@ import torch
 from steadyhelm.data.types import PolicyVersion
 from steadyhelm.errors import ModelError
 from steadyhelm.models.load import DTYPES, is_multimodal, load_config
-from steadyhelm.models.pretrained import AutoModelForCausalLM, AutoModelForImageTextToText
+from steadyhelm.models.pretrained import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    revert_weight_conversion,
+)
 
 
 class ModelLayout:
-    """What the trainer's ``state_dict`` of a model folder looks like.
+    """What the trainer's ``state_dict`` of a model folder looks like, and what the folder calls its tensors.
 
     Args:
         folder: Hugging Face model folder.
@@ -36,6 +42,13 @@ class ModelLayout:
         self._groups: dict[int, list[str]] = {}
         for name, tensor in self._tensors.items():
             self._groups.setdefault(id(tensor), []).append(name)
+        self._saved = _saved_names(model, {names[0]: self._tensors[names[0]] for names in self._groups.values()})
+        missing = sorted(set(self._saved.values()) - _names_in(Path(folder)))
+        if missing:
+            raise ModelError(
+                f"model folder {folder} has no tensor {missing[0]!r} ({len(missing)} are missing), so engine servers "
+                "would not know new weights by their names: save it with save_pretrained"
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -43,7 +56,7 @@ class ModelLayout:
         return sum(self._tensors[names[0]].nbytes for names in self._groups.values())
 
     def distinct(self, tensors: Mapping[str, torch.Tensor], version: PolicyVersion) -> dict[str, torch.Tensor]:
-        """The tensors, each once, under the name that model folders save it by. Raises ModelError unless they fit.
+        """The tensors, each once, under the name that the model folder has it by. Raises ModelError unless they fit.
 
         Names that share memory in the model (a tied output layer) may come under one of them or under several with
         equal values.
@@ -61,8 +74,36 @@ class ModelLayout:
                 raise _misfit(version, f"the tensor {names[0]!r} is missing")
             if not all(torch.equal(values[0], other) for other in values[1:]):
                 raise _misfit(version, f"{', '.join(names)} are one tensor in it, but come with unequal values")
-            found[names[0]] = values[0]
+            found[self._saved[names[0]]] = values[0]
         return found
+
+
+def _saved_names(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What ``save_pretrained`` calls each tensor: many architectures keep the names of their first checkpoints.
+
+    Engine servers skip tensors of other names without a word. Raises ModelError where saving does more than rename.
+    """
+    own = {id(tensor): name for name, tensor in tensors.items()}
+    saved = {own.get(id(tensor), ""): name for name, tensor in revert_weight_conversion(model, dict(tensors)).items()}
+    if saved.keys() != tensors.keys():
+        raise ModelError(
+            f"weights of {type(model).__name__} are not saved as they are trained, so engine servers cannot take them: "
+            "use rollout.engine.type 'transformers'"
+        )
+    return saved
+
+
+def _names_in(folder: Path) -> set[str]:
+    """The names of the tensors in a folder's safetensors files. Raises ModelError where one cannot be read."""
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                names |= json.loads(file.read(length)).keys()
+        except (OSError, struct.error, ValueError) as error:
+            raise ModelError(f"{path} cannot be read ({error}): save the model again") from error
+    return names
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -38,6 +38,7 @@ from transformers import (  # noqa: E402  # behind the imports that decide what 
     AutoTokenizer,
 )
 from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "Cache",
     "DynamicLayer",
     "disable_progress_bar",
+    "revert_weight_conversion",
 ]

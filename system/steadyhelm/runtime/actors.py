@@ -19,7 +19,7 @@ from steadyhelm.errors import EngineLostError
 from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
 
 S = TypeVar("S")
-Factory = Callable[[], Any]
+Factory = Callable[..., Any]
 """Builds a service in the process that will run it; picklable, cheap to send."""
 
 

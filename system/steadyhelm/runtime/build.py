@@ -100,15 +100,23 @@ def prompts(place: RunPlace) -> Any:
     return DatasetPrompts(place.run, base=Path(place.base), store=place.store)
 
 
-def rollout(place: RunPlace) -> Any:
-    """A rollout worker: with the run file's engine, or with the data set's traces in supervised fine-tuning."""
+def rollout(place: RunPlace, slot: int = 0) -> Any:
+    """A rollout worker: with the run file's engine, or with the data set's traces in supervised fine-tuning.
+
+    ``slot`` is its place among those that there are at one time.
+    """
     from steadyhelm.services.rollout.traces import TraceRollout
     from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker
 
     _threads(place.run)
     version = PolicyVersion(iteration=0, attempt=place.attempt)
     spec = RolloutSpec.of(
-        place.run, folder=place.folder(), store_uri=place.store_uri, version=version, device=_device(place.run)
+        place.run,
+        folder=place.folder(),
+        store_uri=place.store_uri,
+        version=version,
+        device=_device(place.run),
+        slot=slot,
     )
     return TraceRollout.build(spec) if place.run.is_sft else RolloutWorker.build(spec)
 

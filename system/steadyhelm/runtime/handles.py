@@ -65,6 +65,7 @@ class RolloutHandle:
             run, "rollout", RolloutActor, run.engines, run.rollout.deadline_s, run.runtime.gpus_per_engine, tell
         )
         self.pool.prepare = self._catch_up
+        self.pool.by_slot = run.rollout.engine.type == "external"
         self._weights: WeightsRecord | None = None
         self._deadline_s = run.runtime.step_deadline_s
         self._length = float(run.rollout.max_new_tokens)

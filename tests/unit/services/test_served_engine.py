@@ -20,7 +20,7 @@ from steadyhelm.errors import (
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
 from steadyhelm.models.load import load_model
-from steadyhelm.services.rollout.served import Answer, Ask, ServedEngine
+from steadyhelm.services.rollout.served import Answer, Ask, Guest, ServedEngine
 
 FIRST, NEXT = PolicyVersion(iteration=4, attempt=2), PolicyVersion(iteration=5, attempt=2)
 
@@ -29,7 +29,8 @@ class Script:
     """A dialect that answers as the test says."""
 
     def __init__(self) -> None:
-        self.version = ""
+        self.mark = self.version = ""
+        self.labels: list[str] = []
         self.asked: list[Ask] = []
         self.changes: dict[str, Any] = {}
         self.both = asyncio.Event()
@@ -38,9 +39,14 @@ class Script:
         self.stage_error: Exception | None = None
         self.swap_error: Exception | None = None
         self.staged = b""
+        self.file: Path | None = None
 
-    async def name_weights(self, server: Any, version: PolicyVersion) -> None:
-        self.version = str(version)
+    async def name_weights(self, server: Any, label: str) -> None:
+        self.name(label)
+
+    def name(self, label: str) -> None:
+        self.labels.append(label)
+        self.mark, _, self.version = label.partition(":")
 
     async def complete(self, server: Any, ask: Ask, deadline_s: float) -> Answer:
         self.asked.append(ask)
@@ -55,17 +61,20 @@ class Script:
             finish=FinishReason.STOP,
             prompt_length=ask.expanded,
         )
-        return replace(answer, **self.changes)
+        answer = replace(answer, **self.changes)
+        marked = ((label if ":" in label else f"{self.mark}:{label}", *rest) for label, *rest in answer.spans)
+        return replace(answer, spans=tuple(marked))
 
     async def stage(self, server: Any, file: Path, digest: str) -> None:
+        self.file = file
         self.staged = await asyncio.to_thread(file.read_bytes)
         if self.stage_error:
             raise self.stage_error
 
-    async def swap(self, server: Any, file: Path, digest: str, version: PolicyVersion, *, abort: bool) -> None:
+    async def swap(self, server: Any, file: Path, digest: str, label: str, *, abort: bool) -> None:
         if self.swap_error:
             raise self.swap_error
-        self.version = str(version)
+        self.name(label)
 
 
 class Process:
@@ -131,7 +140,8 @@ async def test_versions_of_tokens_are_the_spans_of_the_answer(engine: ServedEngi
 @pytest.mark.parametrize(
     "changes",
     [
-        {"spans": (("default", 0, 3),)},  # weights that nobody named
+        {"spans": ((":default", 0, 3),)},  # weights that nobody named
+        {"spans": (("another:4.2", 0, 3),)},  # of another run
         {"spans": (("3.2", 0, 3),)},  # stale
         {"spans": (("5.2", 0, 1), ("4.2", 1, 3))},  # back again
         {"spans": (("4.2", 0, 2),)},  # a token of no version
@@ -221,3 +231,53 @@ async def test_weights_are_written_once_under_the_names_of_model_folders(
     assert b"embed_tokens.weight" in script.staged
     assert b"lm_head.weight" not in script.staged  # it is the embedding
     assert len(script.staged) < (tiny_model / "model.safetensors").stat().st_size * 1.1
+
+
+@pytest.fixture
+async def guest(script: Script, tiny_model: Path, tmp_path: Path) -> AsyncIterator[ServedEngine]:
+    """An engine over a server that somebody else runs."""
+    tensors = dict(load_model(tiny_model, dtype="float32").state_dict())
+    made = ServedEngine(
+        "http://127.0.0.1:9",
+        process=Guest(key="", folder=tmp_path, first=lambda: tensors),
+        dialect=script,
+        encoder=PromptEncoder(tiny_model, min_pixels=3136, max_pixels=100352),
+        layout=ModelLayout(tiny_model, dtype="float32"),
+        version=FIRST,
+        fetch=lambda _: tensors,
+        deadline_s=5.0,
+    )
+    yield made
+    await made.close()
+
+
+async def test_a_guest_brings_its_first_weights_before_it_asks_for_anything(
+    guest: ServedEngine, script: Script
+) -> None:
+    done = await asyncio.gather(sample(guest), sample(guest))
+    assert {tuple(found[0].versions.tolist()) for found in done} == {(4, 4, 4)}
+    first, second = script.labels
+    assert first == "unknown"
+    assert second.endswith(":4.2")
+    assert len(script.staged) > 100_000
+    assert script.file is not None
+    assert not await asyncio.to_thread(script.file.exists)
+
+
+async def test_a_guest_whose_first_weights_are_not_taken_asks_for_nothing(guest: ServedEngine, script: Script) -> None:
+    script.stage_error = CorruptObjectError("digest")
+    with pytest.raises(CorruptObjectError):
+        await sample(guest)
+    assert script.asked == []
+    script.stage_error = None
+    assert len(await sample(guest)) == 1
+
+
+async def test_two_engines_on_one_server_find_each_other_out(
+    engine: ServedEngine, guest: ServedEngine, script: Script
+) -> None:
+    await sample(engine)
+    await sample(guest)
+    script.changes = {"spans": ((script.labels[0], 0, 3),)}
+    with pytest.raises(EngineLostError, match="does another run use it"):
+        await sample(guest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -43,7 +44,6 @@ from steadyhelm.errors import (
 )
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
-from steadyhelm.store.memory import memory_folder
 from steadyhelm.weights.codec import encode
 from steadyhelm.weights.local import MappedTensors
 
@@ -113,10 +113,13 @@ class Answer:
 
 
 class Dialect(Protocol):
-    """How one kind of server is spoken to; errors are those of ``EngineServer``."""
+    """How one kind of server is spoken to; errors are those of ``EngineServer``.
 
-    async def name_weights(self, server: EngineServer, version: PolicyVersion) -> None:
-        """Says which version the weights that the server was started with are."""
+    ``label`` is what the server calls weights in its answers.
+    """
+
+    async def name_weights(self, server: EngineServer, label: str) -> None:
+        """Says what the weights are called that the server was started with. Raises ConfigError without our plug-in."""
         ...
 
     async def complete(self, server: EngineServer, ask: Ask, deadline_s: float) -> Answer:
@@ -127,21 +130,36 @@ class Dialect(Protocol):
         """Has the server read and verify a safetensors file while it serves. Raises CorruptObjectError."""
         ...
 
-    async def swap(self, server: EngineServer, file: Path, digest: str, version: PolicyVersion, *, abort: bool) -> None:
+    async def swap(self, server: EngineServer, file: Path, digest: str, label: str, *, abort: bool) -> None:
         """Puts the staged weights in place, caches emptied; requests in flight go on with them, or are aborted."""
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """What it takes to use a server that somebody else runs.
+
+    ``key`` is its bearer token, empty for none. ``folder`` is one that both sides see under this path. ``first`` reads
+    the weights that are to be served first: nobody knows which ones the server has.
+
+    Example: ``Guest(key="", folder=Path("/mnt/weights"), first=lambda: model.state_dict())``
+    """
+
+    key: str
+    folder: Path
+    first: Callable[[], Mapping[str, torch.Tensor]]
+
+
 class ServedEngine:
-    """A ``RolloutEngine`` over one server.
+    """A ``RolloutEngine`` over one server, which serves nobody else's weights meanwhile.
 
     Args:
         url: the server's.
-        process: its process where it is ours, None where somebody else runs it.
+        process: its process, or what it takes to be its guest.
         dialect: how it is spoken to.
         encoder: of the server's model folder.
         layout: of the same.
-        version: whose weights the server was started with.
+        version: whose weights it serves at first: those that it was started with, or those that the guest brings.
         fetch: reads a version's tensors.
         deadline_s: longest time for one completion.
     """
@@ -150,7 +168,7 @@ class ServedEngine:
         self,
         url: str,
         *,
-        process: EngineProcess | None,
+        process: EngineProcess | Guest,
         dialect: Dialect,
         encoder: PromptEncoder,
         layout: ModelLayout,
@@ -158,16 +176,18 @@ class ServedEngine:
         fetch: WeightsFetch,
         deadline_s: float,
     ) -> None:
-        self._process = process
+        self._guest = process if isinstance(process, Guest) else None
+        self._process = None if isinstance(process, Guest) else process
+        self._folder = process.folder if isinstance(process, Guest) else process.scratch
         self._dialect = dialect
         self._encoder = encoder
         self._layout = layout
         self._version = version
         self._fetch = fetch
         self._deadline_s = deadline_s
-        ended: Future[str] | None = None if process is None else process.ended
-        key = "" if process is None else process.key
-        self._server = EngineServer(url, key=key, ended=ended, on_lost=self._interrupt)
+        self._mark = secrets.token_hex(4)  # in our labels only: whoever else swaps weights in is found out
+        ended: Future[str] | None = None if self._process is None else self._process.ended
+        self._server = EngineServer(url, key=process.key, ended=ended, on_lost=self._interrupt)
         self._calls: set[asyncio.Task[Any]] = set()
         self._why: SteadyhelmError | None = None  # of the last interruption
         self._begun = asyncio.Lock()
@@ -260,14 +280,7 @@ class ServedEngine:
             if weights.version == self._version:
                 return
             await self._name_weights()
-            file, digest = await asyncio.to_thread(self._write, weights)
-            try:
-                with telemetry.span("rollout", "stage weights"):
-                    await self._dialect.stage(self._server, file, digest)
-                with telemetry.span("rollout", "swap weights"):
-                    await self._swap(file, digest, weights.version)
-            finally:
-                file.unlink(missing_ok=True)
+            await self._take(lambda: self._fetch(weights), weights.version)
 
     async def health(self) -> None:
         """Returns where the server answers that it can serve. Raises EngineLostError."""
@@ -293,11 +306,29 @@ class ServedEngine:
             await asyncio.to_thread(self._process.close)
 
     async def _name_weights(self) -> None:
-        """Before the first request: the server learns the version of the weights that it was started with."""
+        """Before the first request: what the server calls its weights, which a guest brings along."""
         async with self._begun:
-            if not self._is_named:
-                await self._dialect.name_weights(self._server, self._version)
-                self._is_named = True
+            if self._is_named:
+                return
+            known = self._guest is None
+            await self._dialect.name_weights(self._server, self._label(self._version) if known else "unknown")
+            if self._guest is not None:
+                await self._take(self._guest.first, self._version)
+            self._is_named = True
+
+    def _label(self, version: PolicyVersion) -> str:
+        return f"{self._mark}:{version}"
+
+    async def _take(self, read: Callable[[], Mapping[str, torch.Tensor]], version: PolicyVersion) -> None:
+        """Has the server take what ``read`` returns as ``version``; see ``apply_weights`` for the errors."""
+        file, digest = await asyncio.to_thread(self._write, read, version)
+        try:
+            with telemetry.span("rollout", "stage weights"):
+                await self._dialect.stage(self._server, file, digest)
+            with telemetry.span("rollout", "swap weights"):
+                await self._swap(file, digest, version)
+        finally:
+            file.unlink(missing_ok=True)
 
     async def _complete(self, request: EngineRequest, sampling: Sampling) -> Completion:
         ask = await asyncio.to_thread(self._ask, request, sampling)
@@ -362,10 +393,12 @@ class ServedEngine:
         versions = np.full(len(answer.tokens), -1, np.int32)
         seen = [oldest]
         for label, first, end in answer.spans:
-            try:
-                version = PolicyVersion.parse(label)
-            except ValueError:
-                raise self._server.lose(f"it samples from weights {label!r}, which are no version of ours") from None
+            mark, _, named = label.partition(":")
+            if mark != self._mark:
+                raise self._server.lose(
+                    f"it samples from weights {label!r}, which are not ours: does another run use it?"
+                )
+            version = PolicyVersion.parse(named)
             if version.attempt != oldest.attempt:
                 raise RetryableError(f"prompt {name!r} was sampled by weights of two attempts: it is sampled anew")
             if version < seen[-1]:
@@ -383,18 +416,17 @@ class ServedEngine:
             finish=answer.finish,
         )
 
-    def _write(self, weights: WeightsRecord) -> tuple[Path, str]:
+    def _write(self, read: Callable[[], Mapping[str, torch.Tensor]], version: PolicyVersion) -> tuple[Path, str]:
         """The weights as a file for the server, with its digest."""
         with telemetry.span("rollout", "fetch weights"):
-            found = self._fetch(weights)
-            tensors = self._layout.distinct(found, weights.version)
-        parts = encode(tensors)
-        folder = memory_folder(sum(part.nbytes for part in parts)) if self._process is None else self._process.scratch
-        file = folder / f"steadyhelm-{weights.version}-{id(self):x}.safetensors"
+            found = read()
+            tensors = self._layout.distinct(found, version)
+        file = self._folder / f"steadyhelm-{version}-{self._mark}.safetensors"
         if isinstance(found, MappedTensors) and found.keys() == tensors.keys():
-            linked = found.link(file)
+            linked = found.link(file)  # it is such a file already
             if linked is not None:
                 return file, linked
+        parts = encode(tensors)
         digest = xxhash.xxh3_128()
         with file.open("wb") as target:
             for part in parts:
@@ -413,7 +445,7 @@ class ServedEngine:
                 )
             )
         try:
-            await self._dialect.swap(self._server, file, digest, version, abort=other_attempt)
+            await self._dialect.swap(self._server, file, digest, self._label(version), abort=other_attempt)
         except asyncio.CancelledError:
             self._give_up(version, "it was cancelled")
             raise

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steadyhelm.data.types import FinishReason, PolicyVersion
+from steadyhelm.data.types import FinishReason
 from steadyhelm.engines.http import EngineServer
 from steadyhelm.engines.process import HOST, Launch, Plan
-from steadyhelm.errors import CorruptObjectError, DeadlineError, EngineLostError
+from steadyhelm.errors import EngineLostError
 from steadyhelm.services.rollout.served import Answer, Ask, ServerSpec
+from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged
 
-CONTROL_S = 60.0
-"""Longest time for a call that pauses, resumes or names."""
-STAGE_S = 600.0
-"""Longest time for the server to read new weights, and to load them."""
-STAGE_POLL_S = 0.01
 EXCLUDED = -1.0e30
 """Logit bias of tokens that are not sampled: exp of it is 0 in every float type, and JSON has no −∞."""
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -39,7 +33,7 @@ def vllm_plan(spec: ServerSpec) -> Plan:
             "--max-model-len": str(spec.max_tokens),
             "--generation-config": "vllm",  # not the folder's: it may bring top_k and penalties
             "--logprobs-mode": "processed_logprobs",  # of the distribution that is sampled
-            "--worker-extension-cls": "steadyhelm_vllm.WeightSwap",
+            "--worker-extension-cls": "steadyhelm_engine.vllm.WeightSwap",
         }
         if spec.sees_images:
             options["--mm-processor-kwargs"] = json.dumps({"size": limits})
@@ -79,9 +73,9 @@ _CPU: Mapping[str, str] = {
 class VllmDialect:
     """A ``Dialect`` over ``/inference/v1/generate`` and the routes for reinforcement learning."""
 
-    async def name_weights(self, server: EngineServer, version: PolicyVersion) -> None:
+    async def name_weights(self, server: EngineServer, label: str) -> None:
         """See ``Dialect``."""
-        await server.post("/update_weight_version", {"new_version": str(version)}, deadline_s=CONTROL_S)
+        await server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S)
 
     async def complete(self, server: EngineServer, ask: Ask, deadline_s: float) -> Answer:
         """See ``Dialect``."""
@@ -110,25 +104,17 @@ class VllmDialect:
 
     async def stage(self, server: EngineServer, file: Path, digest: str) -> None:
         """See ``Dialect``."""
-        end = time.monotonic() + STAGE_S
-        answers = await self._on_workers(server, "steadyhelm_stage", str(file), digest)
-        while any(answer["state"] == "loading" for answer in answers):
-            if time.monotonic() > end:
-                raise DeadlineError(f"The engine server did not read weights {file.name} within {STAGE_S:g} s.")
-            await asyncio.sleep(STAGE_POLL_S)
-            answers = await self._on_workers(server, "steadyhelm_staged")
-        for answer in answers:
-            if (answer["state"], answer["digest"]) != ("ready", digest):
-                raise CorruptObjectError(f"the engine server cannot take weights {file.name}: {answer['error']}")
+        first = await self._on_workers(server, "steadyhelm_stage", str(file), digest)
+        await until_staged(first, lambda: self._on_workers(server, "steadyhelm_staged"), file, digest)
 
-    async def swap(self, server: EngineServer, file: Path, digest: str, version: PolicyVersion, *, abort: bool) -> None:
+    async def swap(self, server: EngineServer, file: Path, digest: str, label: str, *, abort: bool) -> None:
         """See ``Dialect``."""
         mode = "abort" if abort else "keep"
         await server.post(f"/pause?mode={mode}&clear_cache=false", deadline_s=CONTROL_S)
         for answer in await self._on_workers(server, "steadyhelm_swap", digest):
             if (answer["state"], answer["digest"]) != ("swapped", digest):
                 raise EngineLostError(f"the workers answered {answer}")
-        await server.post("/update_weight_version", {"new_version": str(version)}, deadline_s=CONTROL_S)
+        await server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S)
         # Requests in flight give up their keys and values too: the reset fails while anybody holds some.
         found = await server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S)
         if not found["success"]:

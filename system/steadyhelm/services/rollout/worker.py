@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from steadyhelm import telemetry
-from steadyhelm.config.engine import VllmEngine
+from steadyhelm.config.engine import ExternalEngine, SglangEngine, VllmEngine
 from steadyhelm.config.run import Data, Model, RunFile
 from steadyhelm.config.run import Rollout as RolloutPart
 from steadyhelm.config.weights import StoreTransport, Weights
@@ -28,12 +31,14 @@ from steadyhelm.data.types import (
     WeightsRecord,
 )
 from steadyhelm.engines.environment import engine_python
-from steadyhelm.errors import DataError, RetryableError
+from steadyhelm.engines.process import Plan
+from steadyhelm.errors import ConfigError, DataError, RetryableError
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
 from steadyhelm.models.load import DTYPES, load_model
 from steadyhelm.services import RolloutEngine, Served, ShardOrder
-from steadyhelm.services.rollout.served import ServedEngine, ServerSpec
+from steadyhelm.services.rollout.served import Dialect, Guest, ServedEngine, ServerSpec
+from steadyhelm.services.rollout.sglang import SglangDialect, sglang_plan
 from steadyhelm.services.rollout.shards import adopt_shard, put_shard
 from steadyhelm.services.rollout.transformers import TransformersEngine
 from steadyhelm.services.rollout.vllm import VllmDialect, vllm_plan
@@ -48,7 +53,8 @@ class RolloutSpec:
     """What a rollout worker is built from, in whatever process.
 
     ``folder`` is the model folder of the run's starting point, ``version`` the policy version that its weights are;
-    ``device`` a torch device name, ``threads`` how many work on new weights, which come by ``weights``.
+    ``device`` a torch device name, ``threads`` how many work on new weights, which come by ``weights``; ``slot`` is the
+    worker's place among those that serve at one time, from 0.
 
     Example: ``RolloutSpec(model=run.model, data=run.data, rollout=run.rollout, folder="runs/x/model",
     store_uri="runs", version=PolicyVersion(iteration=0, attempt=1))``
@@ -63,10 +69,11 @@ class RolloutSpec:
     device: str = "cpu"
     threads: int = 1
     weights: Weights = field(default_factory=StoreTransport)
+    slot: int = 0
 
     @classmethod
     def of(
-        cls, run: RunFile, *, folder: str, store_uri: str, version: PolicyVersion, device: str = "cpu"
+        cls, run: RunFile, *, folder: str, store_uri: str, version: PolicyVersion, device: str = "cpu", slot: int = 0
     ) -> RolloutSpec:
         """The parts of a run file that a rollout worker needs."""
         return cls(
@@ -79,6 +86,7 @@ class RolloutSpec:
             device=device,
             threads=run.runtime.threads,
             weights=run.weights,
+            slot=slot,
         )
 
 
@@ -91,6 +99,13 @@ def make_encoder(folder: str, model: Model, data: Data, store: ObjectStore) -> P
         trust_remote_code=model.trust_remote_code,
         fetch=partial(get_image, store),
     )
+
+
+SERVERS: Mapping[str, tuple[Callable[[], Dialect], Callable[[ServerSpec], Plan]]] = {
+    "vllm": (VllmDialect, vllm_plan),
+    "sglang": (SglangDialect, sglang_plan),
+}
+"""How each kind of engine server is spoken to and started."""
 
 
 def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -> RolloutEngine:
@@ -106,20 +121,60 @@ def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -
                 device=spec.device,
             )
             return TransformersEngine(model, encoder, batch=engine.batch, version=spec.version, fetch=fetch)
-        case "vllm":
+        case "vllm" | "sglang" as kind:
+            dialect, plan = SERVERS[kind]
             return ServedEngine.start(
-                vllm_plan(_server_spec(spec, engine, encoder)),
-                dialect=VllmDialect(),
+                plan(_server_spec(spec, engine, encoder)),
+                dialect=dialect(),
                 encoder=encoder,
-                layout=ModelLayout(spec.folder, dtype=spec.model.dtype, trust_remote_code=spec.model.trust_remote_code),
+                layout=_layout(spec),
                 version=spec.version,
                 fetch=fetch,
                 deadline_s=spec.rollout.deadline_s,
                 start_deadline_s=engine.start_deadline_s,
             )
+        case "external":
+            dialect, _ = SERVERS[engine.server]
+            return ServedEngine(
+                engine.urls[spec.slot],
+                process=_guest(spec, engine),
+                dialect=dialect(),
+                encoder=encoder,
+                layout=_layout(spec),
+                version=spec.version,
+                fetch=fetch,
+                deadline_s=spec.rollout.deadline_s,
+            )
 
 
-def _server_spec(spec: RolloutSpec, engine: VllmEngine, encoder: PromptEncoder) -> ServerSpec:
+def _layout(spec: RolloutSpec) -> ModelLayout:
+    return ModelLayout(spec.folder, dtype=spec.model.dtype, trust_remote_code=spec.model.trust_remote_code)
+
+
+def _guest(spec: RolloutSpec, engine: ExternalEngine) -> Guest:
+    """Raises ConfigError where the key or the folder is missing in this process."""
+    key = os.environ.get(engine.key_variable, "") if engine.key_variable else ""
+    if engine.key_variable and not key:
+        raise ConfigError(
+            f"rollout.engine.key_variable is {engine.key_variable!r}, but the rollout actors have no such variable: "
+            "set it where Ray's nodes are started"
+        )
+    folder = Path(engine.weights_folder)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ConfigError(
+            f"rollout.engine.weights_folder is {engine.weights_folder!r}, which is no folder that the rollout actors "
+            "can write to: mount one there that they and the servers share"
+        )
+
+    def first() -> Mapping[str, torch.Tensor]:
+        model = load_model(spec.folder, dtype=spec.model.dtype, trust_remote_code=spec.model.trust_remote_code)
+        found: Mapping[str, torch.Tensor] = model.state_dict()
+        return found
+
+    return Guest(key=key, folder=folder.absolute(), first=first)
+
+
+def _server_spec(spec: RolloutSpec, engine: VllmEngine | SglangEngine, encoder: PromptEncoder) -> ServerSpec:
     """What the run file's engine server is started with. Raises ConfigError where its environment is missing."""
     return ServerSpec(
         python=engine_python(engine.type, engine.python),
