@@ -44,7 +44,7 @@ def render(helm: Path, tmp_path_factory: pytest.TempPathFactory) -> Render:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise ValueError(done.stderr)
-        return [found for found in yaml.safe_load_all(done.stdout) if found]
+        return [found for found in yaml.load_all(done.stdout, yaml.CSafeLoader) if found]
 
     return rendered
 

@@ -1,8 +1,10 @@
 """The cluster's chart as helm renders it, judged by the schemas of who reads it and by what has to hold anyway."""
 
+import base64
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def test_helm_finds_no_fault(helm: Path, file: Path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@settings(max_examples=50, deadline=None, phases=(Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=(Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck))
 @given(chosen=values(SCHEMA, VALUES))
 def test_any_values_render_to_objects_that_hold(judge: Judge, render: Render, chosen: dict[str, Any]):
     if contradicts(chosen):
@@ -88,6 +90,53 @@ def test_any_values_render_to_objects_that_hold(judge: Judge, render: Render, ch
             render(chosen)
     else:
         assert wrong(judge, render(chosen)) == []
+
+
+def head_pod(manifests: list[Manifest]) -> dict[str, Any]:
+    return one(manifests, "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]
+
+
+def first_group(manifests: list[Manifest]) -> dict[str, Any]:
+    return one(manifests, "RayCluster")["spec"]["workerGroupSpecs"][0]
+
+
+def leak(manifests: list[Manifest]) -> None:
+    key = base64.b64decode(one(manifests, "Secret")["data"]["secret-key"]).decode()
+    head_pod(manifests)["containers"][0]["env"].append({"name": "KEY", "value": key})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda m: head_pod(m).update(hostNetwork=True), "rl-headgroup has hostNetwork"),
+        (lambda m: head_pod(m)["securityContext"].update(runAsNonRoot=False), "rl-headgroup may run as root"),
+        (lambda m: head_pod(m)["containers"][0].pop("securityContext"), "rl-headgroup/ray-head: {}"),
+        (lambda m: head_pod(m).update(automountServiceAccountToken=True), "rl-headgroup mounts a token"),
+        (lambda m: head_pod(m)["volumes"].pop(0), "rl-headgroup/ray-head mounts what is no volume"),
+        (
+            lambda m: first_group(m)["template"]["spec"]["containers"][0]["resources"]["requests"].update(memory="9Ti"),
+            "rl-rollout/ray-worker requests more memory than its limit",
+        ),
+        (lambda m: first_group(m).update(minReplicas=9), "group rollout: 9 ≤ 1 ≤ 4 does not hold"),
+        (lambda m: first_group(m).update(resources={"CPU": "1", "pool_learner": "1"}), "group rollout of pool rollout"),
+        (lambda m: first_group(m)["rayStartParams"].update({"num-cpus": "1"}), "group rollout: KubeRay refuses"),
+        (lambda m: one(m, "Service")["spec"]["selector"].update(tier="x"), "Service rl-s3 selects nothing"),
+        (
+            lambda m: one(m, "NetworkPolicy", "rl-head")["spec"]["ingress"][0].pop("from"),
+            "rl-head lets everything in",
+        ),
+        (
+            lambda m: one(m, "NetworkPolicy", "rl-s3")["spec"]["ingress"][0]["ports"].append({"port": "ssh"}),
+            "rl-s3 lets in {'port': 'ssh'}",
+        ),
+        (leak, "secret-key of Secret rl-s3 stands outside of it"),
+    ],
+)
+def test_the_invariants_see_what_they_are_for(render: Render, spoil: Callable[[list[Manifest]], object], fault: str):
+    manifests = render(EVERYTHING)
+    assert faults(manifests) == []
+    spoil(manifests)
+    assert any(found.startswith(fault) for found in faults(manifests)), faults(manifests)
 
 
 @pytest.mark.parametrize(
