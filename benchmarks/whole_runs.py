@@ -34,7 +34,7 @@ def steadyhelm(command: str, run_file: str, settings: Mapping[str, object]) -> C
     started, peak = time.perf_counter(), 0
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None:
-            peak = max(peak, _tree_bytes(process.pid))
+            peak = max(peak, tree_bytes(process.pid))
             try:
                 process.wait(SAMPLE_S)
             except subprocess.TimeoutExpired:
@@ -60,7 +60,8 @@ def evaluations(folder: Path, run: str) -> dict[int, dict[str, float]]:
     }
 
 
-def _tree_bytes(pid: int) -> int:
+def tree_bytes(pid: int) -> int:
+    """Memory of the process and of all below it, shared pages counted once (PSS); 0 once it has ended."""
     total = 0
     try:
         processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
