@@ -36,6 +36,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 LR = 1e-6
+SYNCS = 4
+"""How often an engine is brought to and fro, by each transport."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -255,7 +257,7 @@ def compare(size: Size, turns: int, threads: Sequence[int]) -> list[Row]:
         rows += speed_rows(size.name, seconds, others, threads)
         speed = full / seconds["memcpy 1"] / 1e9
         rows.append(Row(name=f"{size.name}: memcpy", value=speed, unit="GB/s", goal=None, better="higher"))
-    return rows + first_token_rows(size.name, swaps(model, before, after, turns))
+    return rows + first_token_rows(size.name, swaps(model, before, after, min(turns, SYNCS)))
 
 
 def fresh_row(size: Size) -> Row:
