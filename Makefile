@@ -46,7 +46,7 @@ engines: ## the environments of the vLLM and the SGLang server, from PyPI, in th
 	@.ci/engines sglang
 
 test-engines: setup engines ## engine servers under the suite of all engines
-	$(BIN)/pytest -m engines tests
+	$(BIN)/pytest -m engines --timeout 900 tests
 
 # $(call repeated,LINES,FILES) fails where files share a block of that many lines, and where symilar does not finish.
 define repeated
