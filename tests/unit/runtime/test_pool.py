@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -137,6 +138,40 @@ async def test_an_error_of_the_service_arrives_as_it_is_and_costs_no_member():
     with pytest.raises(FatalError, match="ZeroDivisionError: a bug"):
         await pool.call(lambda a: a.rollout.remote("bug"), "a bug")
     assert pool.members[0].serves
+    await pool.close()
+
+
+async def test_members_added_killed_and_drained_in_the_middle_of_work_leave_no_call_unanswered():
+    pool, told = make(1)
+    pool.closes = True
+    await pool.ready(Worker)
+
+    def nap(number: int) -> asyncio.Task[tuple[str, int]]:
+        order = f"sleep 0.{number % 3 + 1}"
+        return asyncio.create_task(pool.call(lambda actor: actor.rollout.remote(order), f"nap {number}"))
+
+    async def until(serving: list[int]) -> None:
+        async with asyncio.timeout(120):
+            while [m.number for m in pool.members if m.serves] != serving:  # noqa: ASYNC110 - a pool tells nobody
+                await asyncio.sleep(0.01)
+
+    (first,) = {(await nap(0))[1]}
+    pool.resize(2)
+    await until([0, 1])
+    naps = [nap(number) for number in range(8)]
+    await asyncio.sleep(0)
+    os.kill(first, signal.SIGKILL)
+    await until([1, 2])
+    pool.drain(pool.members[0], "the test says so")
+    await until([2, 3])
+    naps += [nap(number) for number in range(4)]
+    pool.resize(1)
+    answers = await asyncio.gather(*naps)
+    assert [order for order, _ in answers] == [f"sleep 0.{n % 3 + 1}" for n in (*range(8), *range(4))]
+    assert first not in {pid for _, pid in answers}
+    assert pool.replaced == 1
+    for said in ("worker 0 is lost", "worker 1 takes no new work", "worker 1 has left", "1 are enough"):
+        assert any(said in line for line in told), said
     await pool.close()
 
 
