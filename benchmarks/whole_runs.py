@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,21 @@ class Cost:
     peak_bytes: int
 
 
-def steadyhelm(command: str, run_file: str, settings: Mapping[str, object]) -> Cost:
-    """Runs ``steadyhelm <command>`` on a run file of the workload. Raises RuntimeError where it fails."""
+def steadyhelm(
+    command: str, run_file: str, settings: Mapping[str, object], watch: Callable[[int], None] | None = None
+) -> Cost:
+    """Runs ``steadyhelm <command>`` on a run file of the workload. Raises RuntimeError where it fails.
+
+    ``watch`` is called with the process's id every ``SAMPLE_S`` while it runs.
+    """
     words = [sys.executable, "-m", "steadyhelm.cli", command, str(WORKLOAD / run_file), "--quiet"]
     words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     started, peak = time.perf_counter(), 0
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None:
             peak = max(peak, tree_bytes(process.pid))
+            if watch is not None:
+                watch(process.pid)
             try:
                 process.wait(SAMPLE_S)
             except subprocess.TimeoutExpired:

@@ -24,6 +24,9 @@ RESAMPLE_ROUNDS = 3
 """How often a prompt whose sample cannot be scored is sampled again before it counts as unscored: a judge that is
 down for good must not turn into an endless loop of rollouts."""
 
+OVERLONG, STALE = "dropped:overlong", "dropped:stale"
+"""Ends of prompts that are not trained on: too long; sampled by too old a policy."""
+
 SUMMED = (names.ROLLOUT_TOKENS, names.ROLLOUT_SAMPLES)
 """Metrics of a shard that add up; those that end in ``_max`` take the largest, all others are means."""
 
@@ -96,6 +99,7 @@ class BatchMaker:
     async def _make(self, iteration: int) -> Batch:
         prompts = await self._services.prompts.prompts(iteration)
         issued: list[Prompt] = list(prompts.value)
+        groups = {prompt.prompt_id: prompt.group_id for prompt in issued}
         outcomes: dict[PromptId, str] = {}
         served: list[Served[ShardRecord]] = []
         todo = issued
@@ -107,11 +111,15 @@ class BatchMaker:
                 break
             again = await together([self._services.prompts.replacement(p.prompt_id) for p in unscored])
             todo = [answer.value for answer in again]
+            groups |= {prompt.prompt_id: prompt.group_id for prompt in todo}
             for old, new in zip(unscored, todo, strict=True):
                 outcomes[old.prompt_id] = f"replaced:{new.prompt_id}"
         spans = (*prompts.spans, *(span for entry in served for span in entry.spans))
-        self._refuse_untrainable(iteration, outcomes)
-        return Batch(manifest=self._manifest(iteration, served, outcomes, spans), spans=spans)
+        manifest = self._manifest(iteration, served, outcomes, spans)
+        if self._run.schedule.drop_staler_than is not None:
+            manifest = drop_stale(manifest, self._run.schedule.drop_staler_than, groups)
+        self._refuse_untrainable(iteration, manifest.outcomes)
+        return Batch(manifest=manifest, spans=spans)
 
     def _manifest(
         self,
@@ -131,21 +139,36 @@ class BatchMaker:
         generating = phase_seconds(spans).get(names.seconds("rollout.generate"), 0.0)
         if generating:
             metrics[names.ROLLOUT_TOKENS_PER_S] = metrics[names.ROLLOUT_TOKENS] / generating
-        ends = Counter(outcome.partition(":")[0] for outcome in outcomes.values())
-        metrics |= {names.outcome(kind): float(ends[kind]) for kind in sorted(OUTCOMES)}
+        metrics |= _counts(outcomes)
         policy = self._policy(iteration, shards)
         return BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes, metrics=metrics)
 
     def _policy(self, iteration: int, shards: Sequence[ShardRecord]) -> PolicyVersion:
-        """The oldest policy version that sampled a token. Raises FatalError for one that was never published."""
-        versions = [PolicyVersion(iteration=s.min_version, attempt=s.attempt) for s in shards if s.prompt_ids]
-        policy = min(versions, default=PolicyVersion(iteration=0, attempt=self._log.attempt))
-        if versions and not self._run.is_sft and not self._log.published(policy):
+        """The oldest policy version that sampled a token.
+
+        Raises FatalError for one that was never published, and where a token is older than ``max_staleness`` allows or
+        newer than the policy that the batch is trained from.
+        """
+        known = [shard for shard in shards if shard.prompt_ids]
+        versions = [PolicyVersion(iteration=shard.min_version, attempt=shard.attempt) for shard in known]
+        if self._run.is_sft or not known:
+            return min(versions, default=PolicyVersion(iteration=0, attempt=self._log.attempt))
+        policy, newest = min(versions), max(shard.max_version for shard in known)
+        if not self._log.published(policy):
             raise FatalError(
                 f"iteration {iteration}: an engine says that policy {policy} sampled its completions, but the log has "
                 "no such version: the engine names another version than the one it was given, report it"
             )
+        if not self._oldest_allowed(iteration) <= policy.iteration <= newest < iteration:
+            raise FatalError(
+                f"iteration {iteration}: engines say that policies {policy.iteration} to {newest} sampled its "
+                f"completions, but schedule.max_staleness {self._run.schedule.max_staleness} allows "
+                f"{self._oldest_allowed(iteration)} to {iteration - 1} only: report it"
+            )
         return policy
+
+    def _oldest_allowed(self, iteration: int) -> int:
+        return max(0, iteration - 1 - self._run.schedule.max_staleness)
 
     async def _shards(self, iteration: int, first: int, prompts: Sequence[Prompt]) -> list[Served[ShardRecord]]:
         size, attempt = self._run.rollouts_per_shard, self._log.attempt
@@ -156,7 +179,7 @@ class BatchMaker:
                 shard=first + n,
                 prompts=tuple(prompts[start : start + size]),
                 sampling=sampling,
-                min_version=0 if self._run.is_sft else max(0, iteration - 1 - self._run.schedule.max_staleness),
+                min_version=0 if self._run.is_sft else self._oldest_allowed(iteration),
             )
             for n, start in enumerate(range(0, len(prompts), size))
         ]
@@ -187,13 +210,14 @@ class BatchMaker:
     def _outcomes(self, shards: Sequence[ShardRecord], prompts: Sequence[Prompt]) -> dict[PromptId, str]:
         """What became of each prompt: trained, dropped because no shard holds it, or unscored."""
         valid = {pid: ok for shard in shards for pid, ok in zip(shard.prompt_ids, shard.valid, strict=True)}
-        named = {True: TRAINED, False: f"unscored:{self._run.reward.on_unscored}", None: "dropped:overlong"}
+        named = {True: TRAINED, False: f"unscored:{self._run.reward.on_unscored}", None: OVERLONG}
         return {prompt.prompt_id: named[valid.get(prompt.prompt_id)] for prompt in prompts}
 
     def _refuse_untrainable(self, iteration: int, outcomes: Mapping[PromptId, str]) -> None:
         """Raises UnscoredError where the run file says ``stop``; it or DataError where nothing is left."""
         unscored = [prompt_id for prompt_id, outcome in outcomes.items() if outcome.startswith("unscored")]
-        dropped = sum(outcome.startswith("dropped") for outcome in outcomes.values())
+        dropped = sum(outcome == OVERLONG for outcome in outcomes.values())
+        stale = sum(outcome == STALE for outcome in outcomes.values())
         if unscored and self._run.reward.on_unscored == "stop":
             raise UnscoredError(
                 f"iteration {iteration}: {len(unscored)} samples could not be scored (first: {unscored[0]}) "
@@ -202,6 +226,14 @@ class BatchMaker:
             )
         if TRAINED in outcomes.values():
             return
+        if stale:
+            schedule = self._run.schedule
+            raise DataError(
+                f"iteration {iteration}: all {stale} samples that could be trained on have a token more than "
+                f"schedule.drop_staler_than ({schedule.drop_staler_than}) versions old and were dropped; nothing is "
+                f"left. Raise it, lower schedule.max_staleness ({schedule.max_staleness}), or leave it out: then "
+                "algorithm.correction weighs them."
+            )
         limit = f"longer than data.max_prompt_tokens ({self._run.data.max_prompt_tokens})"
         if dropped == len(outcomes):
             raise DataError(
@@ -223,6 +255,50 @@ class BatchMaker:
         mean = sum(s.num_tokens * (newest - s.min_version) for s in shards) / max(1, sum(s.num_tokens for s in shards))
         oldest = min(s.min_version for s in shards)
         return {names.STALENESS_MEAN: mean, names.STALENESS_MAX: float(newest - oldest)}
+
+
+def drop_stale(manifest: BatchManifest, limit: int, groups: Mapping[PromptId, str]) -> BatchManifest:
+    """``manifest`` without the groups that have a token sampled more than ``limit`` versions too early.
+
+    Their samples that would be trained on end as ``STALE`` and are no longer valid; shards and objects stay. Samples
+    that were not to be trained on anyway do not make their group stale.
+
+    Args:
+        manifest: of a batch in the making.
+        limit: versions between the policy that the batch is trained from and the oldest that sampled a token.
+        groups: the group of each prompt id.
+    """
+    least = manifest.iteration - 1 - limit
+    stale = {
+        groups[prompt_id]
+        for shard in manifest.shards
+        for prompt_id, oldest in zip(shard.prompt_ids, _oldest(shard), strict=True)
+        if oldest < least and manifest.outcomes[prompt_id] == TRAINED
+    }
+    outcomes = {
+        prompt_id: STALE if end == TRAINED and groups[prompt_id] in stale else end
+        for prompt_id, end in manifest.outcomes.items()
+    }
+    shards = tuple(
+        replace(
+            shard,
+            valid=tuple(ok and outcomes[pid] != STALE for pid, ok in zip(shard.prompt_ids, shard.valid, strict=True)),
+        )
+        for shard in manifest.shards
+    )
+    dropped = float(sum(end == STALE for end in outcomes.values()))
+    metrics = {**manifest.metrics, **_counts(outcomes), names.STALENESS_DROPPED: dropped}
+    return replace(manifest, shards=shards, outcomes=outcomes, metrics=metrics)
+
+
+def _oldest(shard: ShardRecord) -> tuple[int, ...]:
+    return shard.oldest or (shard.min_version,) * len(shard.prompt_ids)
+
+
+def _counts(outcomes: Mapping[PromptId, str]) -> dict[str, float]:
+    """How many prompts ended in each way, as metrics."""
+    ends = Counter(outcome.partition(":")[0] for outcome in outcomes.values())
+    return {names.outcome(kind): float(ends[kind]) for kind in sorted(OUTCOMES)}
 
 
 def merge(shards: Sequence[Mapping[str, float]], *, samples: Sequence[int], scored: Sequence[int]) -> dict[str, float]:

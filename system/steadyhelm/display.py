@@ -30,6 +30,7 @@ HISTORY = 40  # iterations in a spark line
 PACE_OVER = 10  # iterations whose mean time the forecast uses: early ones are slower
 BARS = "▁▂▃▄▅▆▇█"
 LEVEL_STYLE = {"info": "", "warning": "yellow", "error": "bold red"}
+STALENESS = {names.STALENESS_MEAN, names.STALENESS_DROPPED}  # shown where it is not always 0
 NOT_PARTS = {names.REWARD_MEAN, names.REWARD_STD, names.REWARD_VALID_RATE}
 
 
@@ -132,6 +133,8 @@ def iteration_line(progress: Progress, replayed: bool = False) -> str:
     serving, desired = (metrics.get(name, 1.0) for name in (names.ENGINES_SERVING, names.ENGINES_DESIRED))
     if max(serving, desired) > 1:
         pieces.append(f"{serving:.0f} engines" + (f" of {desired:.0f}" if serving != desired else ""))
+    if metrics.get(names.STALENESS_DROPPED):
+        pieces.append(f"{metrics[names.STALENESS_DROPPED]:.0f} dropped as stale")
     if names.OVERHEAD_SHARE in metrics:
         pieces.append(f"overhead {100 * metrics[names.OVERHEAD_SHARE]:.1f} %")
     if progress.remaining_s is not None:
@@ -248,8 +251,10 @@ def _measures(progress: Progress) -> Table:
         names.ITERATION_SECONDS,
         names.OVERHEAD_SHARE,
         names.LEARNER_WAIT,
+        names.STALENESS_MEAN,
+        names.STALENESS_DROPPED,
     ]:
-        if name not in progress.metrics:
+        if name not in progress.metrics or (name in STALENESS and not any(progress.history[name])):
             continue
         value = progress.metrics[name]
         shown = f"{100 * value:.1f} %" if name in (names.OVERHEAD_SHARE, names.LEARNER_WAIT) else _number(value)
@@ -285,6 +290,8 @@ def _short(name: str) -> str:
         names.OVERHEAD_SHARE: "overhead",
         names.LEARNER_WAIT: "learner waits",
         names.LENGTH_MEAN: "length",
+        names.STALENESS_MEAN: "versions behind",
+        names.STALENESS_DROPPED: "dropped as stale",
     }
     return known.get(name, rest.replace("_", " ") if group else name)
 

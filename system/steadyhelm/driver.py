@@ -292,6 +292,8 @@ class Driver:
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
         self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
         self._scaler = Scaler(self._run, services.rollout, self._tell)
+        for text in self._run.warnings:
+            self._tell(Notice(text=text, level="warning"))
         async with aclosing(self._loop.iterations()) as reports:
             async for report in reports:
                 await self._note(report, services)

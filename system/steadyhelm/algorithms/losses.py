@@ -64,13 +64,19 @@ def ppo_clip(
 
 
 def importance_weights(
-    proximal: Tensor, behaviour: Tensor, mask: Tensor, *, mode: Literal["off", "token", "sequence"], cap: float
+    proximal: Tensor,
+    behaviour: Tensor,
+    mask: Tensor,
+    *,
+    mode: Literal["off", "token", "sequence"],
+    cap: float,
+    beyond: Literal["truncate", "mask"] = "truncate",
 ) -> tuple[Tensor, Tensor]:
-    """Truncated importance weights between the engine's policy and the trainer's: stop-grad min(exp(d), cap).
+    """Importance weights between the engine's policy and the trainer's: stop-grad min(exp(d), cap).
 
     ``token``: d_t = log π_proximal − log π_behaviour of the token. ``sequence``: d = Σ_t d_t over the masked tokens,
-    the same weight for all of them. ``off``: 1. The truncation is in log space, so that exp cannot overflow; a
-    non-finite d of a masked token gives NaN.
+    the same weight for all of them. ``off``: 1. With ``beyond="mask"`` a weight outside [1/cap, cap] is 0 and nothing
+    is truncated. Bounds apply in log space, so that exp cannot overflow; a non-finite d of a masked token gives NaN.
 
     Args:
         proximal: log π_proximal [N, T].
@@ -78,11 +84,13 @@ def importance_weights(
         mask: tokens whose ratio counts [N, T].
         mode: token, sequence or off.
         cap: upper bound of the weight.
+        beyond: what becomes of a weight that is out of bounds.
 
     Returns:
-        weights [N, T] without gradient, 1 outside ``mask``; and where the cap held them down (bool [N, T]).
+        weights [N, T] without gradient, 1 outside ``mask``; and where they were out of bounds (bool [N, T]).
 
-    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025).
+    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025); ``mask``:
+    Ling team, "Every step evolves" (arXiv 2510.18855), IcePop.
     """
     check_tokens(mask, proximal, behaviour)
     if mode == "off":
@@ -90,9 +98,13 @@ def importance_weights(
     log_weight = torch.where(mask, proximal.detach() - behaviour.detach(), 0.0)
     if mode == "sequence":
         log_weight = log_weight.sum(-1, keepdim=True).expand_as(mask)
-    finite = torch.where(log_weight.isfinite(), log_weight, math.nan)
-    weights = finite.clamp(max=math.log(cap)).exp()
-    return torch.where(mask, weights, 1.0), mask & (log_weight > math.log(cap))
+    highest = math.log(cap)
+    outside = log_weight > highest
+    weights = torch.where(log_weight.isfinite(), log_weight, math.nan).clamp(max=highest).exp()
+    if beyond == "mask":
+        outside = outside | (log_weight < -highest)
+        weights = torch.where(outside & log_weight.isfinite(), 0.0, weights)
+    return torch.where(mask, weights, 1.0), mask & outside
 
 
 def cross_entropy(logprobs: Tensor, mask: Tensor, valid: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class LossParts:
       with a non-finite log-ratio;
     - ``ratio``: Σ r; ``approx_kl``: Σ k3 of (proximal, current);
     - ``kl``: Σ k1 of (proximal, reference); 0 without a reference;
-    - ``weight``, ``weight_capped``: Σ of the importance weights, and the tokens whose weight is the cap;
+    - ``weight``, ``weight_capped``: Σ of the importance weights, and the tokens whose weight was out of bounds;
     - ``gap``: Σ |proximal − behaviour|, the gap between trainer and engine.
 
     The tensors per token [N, T] carry no gradient and hold 1 or False outside the active tokens; all are None in
@@ -242,7 +242,7 @@ def policy_loss(
     Pre-CLIP's bounds or in the clamped branch of PPO's clip, but for the divergence's.
 
     Args:
-        objective: the run file's ``algorithm``.
+        objective: the run file's ``objective``; a correction that is still ``auto`` is off.
         current: log π of the policy under training [N, T], differentiable.
         proximal: log-probs at the iteration's start [N, T].
         behaviour: the engine's log-probs [N, T].
@@ -265,8 +265,9 @@ def policy_loss(
     clamped, outside = losses.pre_clip(log_ratio, *objective.pre_clip.log_bounds)
     ratio = clamped.exp()
     per_token, clipped = losses.ppo_clip(ratio, advantages, clip=objective.clip, clip_high=objective.clip_high)
+    given = objective.correction
     weights, capped = losses.importance_weights(
-        proximal, behaviour, active, mode=objective.correction.mode, cap=objective.correction.cap
+        proximal, behaviour, active, mode=given.weighs(ahead=False), cap=given.cap, beyond=given.beyond
     )
     per_token = weights * per_token
     cleared = None if reference is None else torch.where(active, reference, 0.0)

@@ -47,12 +47,22 @@ class Kl(Part):
 
 
 class Correction(Part):
-    """Truncated importance sampling between the behaviour policy (the engine) and the trainer's proximal policy."""
+    """Importance sampling between the behaviour policy (the engine) and the trainer's proximal policy."""
 
-    mode: Literal["off", "token", "sequence"] = "off"
-    """``token``: one weight per token. ``sequence``: one weight per completion, from the summed log-ratio."""
+    mode: Literal["auto", "off", "token", "sequence"] = "auto"
+    """``token``: one weight per token. ``sequence``: one weight per completion, from the summed log-ratio. ``auto``:
+    ``token`` where ``schedule.max_staleness`` is above 0, else ``off``."""
     cap: Annotated[float, Field(ge=1)] = 2.0
     """Upper bound of the weight."""
+    beyond: Literal["truncate", "mask"] = "truncate"
+    """``truncate``: a weight above ``cap`` becomes ``cap``. ``mask``: tokens (completions, where ``mode`` is
+    ``sequence``) whose weight is outside [1/``cap``, ``cap``] leave the loss (masked importance sampling, IcePop)."""
+
+    def weighs(self, *, ahead: bool) -> Literal["off", "token", "sequence"]:
+        """The mode without ``auto``; ``ahead`` says whether rollouts may run ahead of the learner."""
+        if self.mode == "auto":
+            return "token" if ahead else "off"
+        return self.mode
 
 
 class Objective(Part):

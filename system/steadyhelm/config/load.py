@@ -175,9 +175,11 @@ def schema() -> dict[str, Any]:
 def diff_run_files(old: RunFile, new: RunFile) -> list[str]:
     """One line ``path: old → new`` per value that differs, by path; nothing where they agree.
 
+    ``auto`` is compared as what it stands for in its run.
+
     Example: ``["learner.lr: 0.0001 → 0.0002", "reward.terms.1.weight: 1.0 → (absent)"]``
     """
-    before, after = dict(_leaves(plain(old))), dict(_leaves(plain(new)))
+    before, after = dict(_leaves(_in_force(old))), dict(_leaves(_in_force(new)))
     lines = []
     for place in sorted({*before, *after}, key=lambda p: [(isinstance(s, str), str(s)) for s in p]):
         a, b = (
@@ -186,6 +188,10 @@ def diff_run_files(old: RunFile, new: RunFile) -> list[str]:
         if a != b:
             lines.append(f"{dotted(place)}: {a} → {b}")
     return lines
+
+
+def _in_force(run: RunFile) -> Any:
+    return plain(run if run.is_sft else run.model_copy(update={"algorithm": run.objective}))
 
 
 def _leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:

@@ -171,6 +171,10 @@ class Schedule(Part):
     """Prompts rolled out in each iteration."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """How many policy versions rollouts may run ahead; 0 is strictly on-policy."""
+    drop_staler_than: Annotated[int, Field(ge=0)] | None = None
+    """Where it is given, the samples of a prompt are dropped, and recorded as ``dropped:stale``, if a token of them was
+    sampled more than this many versions before the one that their batch is trained from. None keeps them all, and
+    ``algorithm.correction`` weighs them."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Iterations between evaluations; 0 evaluates only at the start and the end where ``data.eval`` is set."""
     eval_pairs: Annotated[int, Field(ge=0)] = 0
@@ -264,10 +268,25 @@ class RunFile(Part):
 
     @property
     def objective(self) -> PolicyGradient:
-        """The policy-gradient objective. Raises TypeError in supervised fine-tuning."""
+        """The policy-gradient objective, ``algorithm.correction.mode`` without ``auto``.
+
+        Raises TypeError in supervised fine-tuning.
+        """
         if isinstance(self.algorithm, Sft):
             raise TypeError("supervised fine-tuning has no policy-gradient objective")
-        return self.algorithm
+        given = self.algorithm.correction
+        mode = given.weighs(ahead=self.schedule.max_staleness > 0)
+        return self.algorithm.model_copy(update={"correction": given.model_copy(update={"mode": mode})})
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed but seldom meant, in sentences."""
+        if self.is_sft or self.schedule.max_staleness == 0 or self.objective.correction.mode != "off":
+            return ()
+        return (
+            f"schedule.max_staleness is {self.schedule.max_staleness} and algorithm.correction.mode is 'off': rollouts "
+            "of older policies are trained on as if they were the newest's.",
+        )
 
     @property
     def uses_reference(self) -> bool:
@@ -341,9 +360,10 @@ class RunFile(Part):
                 f"learner.train_batch is {self.learner.train_batch}, but an iteration has only "
                 f"{self.rollouts_per_iteration} rollouts: lower it, or raise schedule.prompts_per_iteration"
             )
-        if self.schedule.max_staleness > 0 and not self.is_sft and self.objective.correction.mode == "off":
+        ahead, drop = self.schedule.max_staleness, self.schedule.drop_staler_than
+        if drop is not None and drop >= ahead:
             raise ValueError(
-                "schedule.max_staleness is above 0 but algorithm.correction.mode is 'off': set it to 'token' or "
-                "'sequence', so that the loss corrects for the older policy"
+                f"schedule.drop_staler_than is {drop}, but no token is more than schedule.max_staleness ({ahead}) "
+                "versions old, so it would drop nothing: lower it, or leave it out"
             )
         return self

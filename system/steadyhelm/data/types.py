@@ -197,7 +197,9 @@ class ShardRecord:
     ``rollout`` names the trajectories, ``reward`` and ``reference`` what was added (None until scored; ``reference``
     stays None when β = 0). ``prompt_ids`` are in the shard's order; ``valid`` too (empty until rewarded).
     ``min_version`` and ``max_version`` bound the policy iterations that sampled its tokens; ``attempt`` is the one that
-    published ``min_version``, so that the two name a policy version.
+    published ``min_version``, so that the two name a policy version. ``oldest`` is the least policy iteration that
+    sampled a token of each trajectory; empty where that is ``min_version`` for all of them, and in records from before
+    there was this field. ``valid`` is False for what was dropped, too.
     """
 
     shard: int
@@ -210,6 +212,7 @@ class ShardRecord:
     reward: ObjectRef | None = None
     reference: ObjectRef | None = None
     valid: tuple[bool, ...] = ()
+    oldest: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,6 +120,7 @@ class Decoding:
         self._batch, self._copies = _unique_batch(requests, encoder)
         self._cache: Cache | None = None
         self._logits = torch.empty(0)
+        self._last = torch.empty(0)  # the tokens sampled last, which the model has not seen
         self._positions = torch.empty(0)
         self._mask = torch.empty(0)
         self._padded = True
@@ -134,10 +135,15 @@ class Decoding:
     def advance(self, version: PolicyVersion) -> list[Completion]:
         """Samples one more token for each active row from weights ``version``; returns what finished with it.
 
+        The forward pass that the token is drawn from is part of this call, not of the one before: weights may change
+        between two calls, and the token belongs to the new ones.
+
         Raises NonFiniteError where the model's logits are not finite.
         """
         if self._cache is None:
             self._prefill()
+        else:
+            self._forward(self._last)
         scaled = policy_logits(self._logits, temperature=self._temperature, banned=self._banned)
         logprobs = scaled.log_softmax(-1)
         if self._sampling.greedy:
@@ -149,7 +155,7 @@ class Decoding:
         completions = self._record(tokens.tolist(), chosen.tolist(), version)
         self._step += 1
         if not self.finished:
-            self._forward(self._compact(tokens))
+            self._last = self._compact(tokens)
         return completions
 
     def _prefill(self) -> None:

@@ -87,14 +87,15 @@ def batch_samples(store: ObjectStore, run_file: RunFile, batch: BatchManifest, d
     if not rewards:
         return [_sample(store, batch.iteration, trajectories[0], decode, why="the first trace")] if trajectories else []
     total = np.concatenate([part.total for part in rewards])
-    valid = np.concatenate([part.valid for part in rewards])
+    scored = np.concatenate([part.valid for part in rewards])
+    valid = scored & np.array([ok for shard in batch.shards for ok in shard.valid or (True,) * len(shard.prompt_ids)])
     names = list(rewards[0].components)
     parts = {name: np.concatenate([part.components[name] for part in rewards]) for name in names}
     details = [detail for part in rewards for detail in part.detail]
     lengths, groups = [len(t.tokens) for t in trajectories], [t.prompt.group_id for t in trajectories]
     advantages, filtered = batch_advantages(run_file.objective, total, valid, lengths, groups)
     samples = []
-    for index, why in picks(total, valid, filtered).items():
+    for index, why in picks(total, valid, filtered, scored & ~valid).items():
         sample = _sample(
             store, batch.iteration, trajectories[index], decode, why, advantages[index] if valid[index] else None
         )
@@ -104,8 +105,16 @@ def batch_samples(store: ObjectStore, run_file: RunFile, batch: BatchManifest, d
     return samples
 
 
-def picks(total: np.ndarray[Any, Any], valid: np.ndarray[Any, Any], filtered: Sequence[bool]) -> dict[int, str]:
-    """Indices of the samples to show, with the reason; each once, the first reason counts."""
+def picks(
+    total: np.ndarray[Any, Any],
+    valid: np.ndarray[Any, Any],
+    filtered: Sequence[bool],
+    dropped: np.ndarray[Any, Any] | None = None,
+) -> dict[int, str]:
+    """Indices of the samples to show, with the reason; each once, the first reason counts.
+
+    ``dropped`` [N] are those that are not valid although they were scored.
+    """
     scored = [int(i) for i in np.argsort(np.where(valid, total, np.inf), kind="stable") if valid[i]]
     chosen: dict[int, str] = {}
     if scored:
@@ -115,7 +124,10 @@ def picks(total: np.ndarray[Any, Any], valid: np.ndarray[Any, Any], filtered: Se
     zeroed = [i for i, was in enumerate(filtered) if was]
     if zeroed:
         chosen.setdefault(zeroed[0], "filtered")
-    unscored = np.flatnonzero(~valid)
+    stale = np.zeros(len(valid), np.bool_) if dropped is None else dropped
+    if stale.any():
+        chosen.setdefault(int(np.flatnonzero(stale)[0]), "dropped: too old")
+    unscored = np.flatnonzero(~valid & ~stale)
     if len(unscored):
         chosen.setdefault(int(unscored[0]), "unscored")
     return chosen

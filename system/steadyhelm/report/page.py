@@ -133,6 +133,8 @@ def charts(data: ReportData) -> list[Chart]:
     phases = {n for line in data.metrics for n in line.metrics if n.startswith("seconds/")} - {names.ITERATION_SECONDS}
     longest = sorted(phases, key=lambda n: -_total(data, n))[:6]
 
+    on_policy = not any(line.metrics.get(names.STALENESS_MAX) for line in data.metrics)
+
     def chart(title: str, *metrics: str, subtitle: str = "", percent: bool = False, zero: bool = False) -> Chart:
         series = tuple(_series(data, name) for name in metrics)
         return Chart(title=title, series=series, subtitle=subtitle, percent=percent, zero=zero)
@@ -148,7 +150,10 @@ def charts(data: ReportData) -> list[Chart]:
               subtitle="|log-prob gap|, nats", zero=True),
         chart("Loss", names.LOSS),
         chart("Gradient norm", names.GRAD_NORM, zero=True),
-        Chart(title="Truncated and unscored", series=(_series(data, names.TRUNCATED_RATE), _unscored(data)),
+        chart("Staleness", *(() if on_policy else (names.STALENESS_MEAN, names.STALENESS_MAX)),
+              subtitle="versions between sampling and training", zero=True),
+        Chart(title="Truncated, unscored and stale",
+              series=(_series(data, names.TRUNCATED_RATE), _unscored(data), _stale(data)),
               subtitle="share of samples", percent=True, zero=True),
         chart("Seconds per phase", names.ITERATION_SECONDS, *longest, subtitle="of an iteration", zero=True),
         chart("Overhead", names.OVERHEAD_SHARE, subtitle="time in which nothing computes",
@@ -169,6 +174,14 @@ def _series(data: ReportData, name: str) -> Series:
 def _unscored(data: ReportData) -> Series:
     valid = _series(data, names.REWARD_VALID_RATE).points
     return Series(name="unscored", points=tuple((iteration, 1.0 - share) for iteration, share in valid))
+
+
+def _stale(data: ReportData) -> Series:
+    """The share of samples that were dropped as stale; nothing where none ever was."""
+    known = [line for line in data.metrics if {names.STALENESS_DROPPED, names.ROLLOUT_SAMPLES} <= line.metrics.keys()]
+    shares = [line.metrics[names.STALENESS_DROPPED] / line.metrics[names.ROLLOUT_SAMPLES] for line in known]
+    points = zip((float(line.iteration) for line in known), shares, strict=True)
+    return Series(name="dropped as stale", points=tuple(points) if any(shares) else ())
 
 
 def _total(data: ReportData, name: str) -> float:

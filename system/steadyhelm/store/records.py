@@ -2,7 +2,8 @@
 
 A record is an object with one member per field, a mapping an object, a tuple an array, an enum its value, a number
 that JSON lacks one of the strings ``"nan"``, ``"inf"`` and ``"-inf"``. Reading is
-strict: a missing or unknown member or a value of another type is a CorruptObjectError that names the place.
+strict: a missing or unknown member or a value of another type is a CorruptObjectError that names the place. Only what
+has a default may be missing: a field that came later is absent in what was written before.
 """
 
 from __future__ import annotations
@@ -102,6 +103,12 @@ def _fields(kind: type) -> Mapping[str, Any]:
     return get_type_hints(kind)
 
 
+@cache
+def _required(kind: Any) -> frozenset[str]:
+    absent = dataclasses.MISSING
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.default is absent and f.default_factory is absent)
+
+
 def _decode(kind: Any, data: object, place: str) -> object:
     while hasattr(kind, "__supertype__"):
         kind = kind.__supertype__
@@ -133,8 +140,8 @@ def _decode(kind: Any, data: object, place: str) -> object:
 
 def _record(kind: type, data: Json, place: str) -> object:
     fields = _fields(kind)
-    if data.keys() != fields.keys():
-        missing, unknown = sorted(fields.keys() - data.keys()), sorted(data.keys() - fields.keys())
+    missing, unknown = sorted(_required(kind) - data.keys()), sorted(data.keys() - fields.keys())
+    if missing or unknown:
         raise CorruptObjectError(
             f"{place} is no {kind.__name__}: missing {missing}, unknown {unknown}; another version of Steadyhelm "
             "wrote it, use that one"

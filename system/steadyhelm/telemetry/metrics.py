@@ -85,6 +85,9 @@ ROLLOUT_TOKENS_PER_S = _metric(
 )
 STALENESS_MEAN = _metric("staleness/mean", "Mean age of the sampling policy at the step", "versions")
 STALENESS_MAX = _metric("staleness/max", "Age of the oldest sampling policy at the step", "versions")
+STALENESS_DROPPED = _metric(
+    "staleness/dropped", "Samples that were dropped, since their prompt had a token older than allowed"
+)
 
 # Engines: all of clocks
 LEARNER_WAIT = _metric(

@@ -120,7 +120,7 @@ class Oracle:
             rewards: their scores; None in supervised fine-tuning, where all are valid.
             reference: log-probs [T] of the reference policy for each, where β > 0.
         """
-        algorithm = self.run.algorithm
+        algorithm = self.run.algorithm if self.run.is_sft else self.run.objective
         count = len(trajectories)
         valid = [True] * count if rewards is None else [bool(flag) for flag in rewards.valid]
         batch = _Batch(trajectories, valid, reference, [], [])
@@ -160,7 +160,7 @@ class Oracle:
 
     def _loss(self, batch: _Batch, members: list[int]) -> Tensor:
         """The mean loss of a mini-batch's valid trajectories."""
-        algorithm = self.run.algorithm
+        algorithm = self.run.algorithm if self.run.is_sft else self.run.objective
         per_sequence: list[Tensor] = []
         for i in members:
             current = self.logprobs(self.model, batch.trajectories[i])
@@ -308,7 +308,11 @@ def _policy_loss(objective: PolicyGradient, batch: _Batch, i: int, current: Tens
     if objective.correction.mode != "off":
         drift = proximal - torch.from_numpy(np.array(batch.trajectories[i].logprobs))
         weight = torch.exp(drift.sum() if objective.correction.mode == "sequence" else drift)
-        gain = gain * torch.clip(weight, max=objective.correction.cap)
+        cap = objective.correction.cap
+        if objective.correction.beyond == "mask":
+            gain = gain * weight * ((weight >= 1 / cap) & (weight <= cap))
+        else:
+            gain = gain * torch.clip(weight, max=cap)
     if objective.beta > 0 and objective.kl.placement == "loss":
         assert batch.reference is not None
         return objective.beta * _kl(objective, current, batch.reference[i]) - gain

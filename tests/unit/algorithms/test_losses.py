@@ -90,11 +90,26 @@ def test_equal_policies_weigh_one_and_off_weighs_one_whatever_the_policies():
     assert importance_weights(same, same * 5, TRUE, mode="off", cap=2.0)[0].tolist() == [[1.0, 1.0, 1.0]]
 
 
+def test_masked_weights_are_zero_outside_both_bounds_and_untouched_between_them():
+    ratios = torch.tensor([[1.9, 2.1, 0.4], [0.6, 1.0, 1.0]])
+    weights, outside = importance_weights(
+        ratios.log(), torch.zeros(2, 3), TRUE.expand(2, 3), mode="token", cap=2.0, beyond="mask"
+    )
+    assert weights.flatten().tolist() == pytest.approx([1.9, 0.0, 0.0, 0.6, 1.0, 1.0], abs=1e-6)
+    assert outside.tolist() == [[False, True, True], [False, False, False]]
+    weights, outside = importance_weights(
+        ratios.log(), torch.zeros(2, 3), TRUE.expand(2, 3), mode="sequence", cap=1.6, beyond="mask"
+    )
+    assert weights.flatten().tolist() == pytest.approx([1.596] * 3 + [0.0] * 3, abs=1e-6)
+    assert outside.tolist() == [[False] * 3, [True] * 3]
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("mode", ["token", "sequence"])
-def test_a_weight_of_a_log_prob_that_is_not_finite_is_nan(mode, bad):
+@pytest.mark.parametrize("beyond", ["truncate", "mask"])
+def test_a_weight_of_a_log_prob_that_is_not_finite_is_nan(mode, bad, beyond):
     behaviour = torch.tensor([[0.0, bad, 0.0]])
-    weights, _ = importance_weights(torch.zeros(1, 3), behaviour, TRUE, mode=mode, cap=2.0)
+    weights, _ = importance_weights(torch.zeros(1, 3), behaviour, TRUE, mode=mode, cap=2.0, beyond=beyond)
     assert weights[0, 1].isnan().item()
 
 

@@ -157,6 +157,8 @@ class Composed:
             pre_clip=PreClip(min=0.9, max=1.1),
         ),
         Stable(filter=Filter(k=1.0), correction=Correction(mode="sequence"), aggregation="constant", clip_high=0.3),
+        Stable(correction=Correction(mode="token", cap=1.3, beyond="mask"), epochs=2),
+        Grpo(correction=Correction(mode="sequence", cap=1.6, beyond="mask")),
         ReinforcePP(aggregation="token", epochs=2),
         Grpo(beta=0.3, epochs=2),
         DrGrpo(filter=Filter(mode="paper", k=1.0)),

@@ -55,6 +55,18 @@ def test_without_a_terminal_an_iteration_is_one_line():
     ]
 
 
+def test_staleness_is_shown_where_there_is_some():
+    old = {**METRICS, "staleness/mean": 0.875, "staleness/dropped": 3.0}
+    (line,) = lines(IterationDone(iteration=1, metrics=old))
+    assert "3 dropped as stale" in line
+    for metrics, shown in ((old, True), (METRICS | {"staleness/mean": 0.0}, False)):
+        progress = Progress(Clock())
+        progress.take(IterationDone(iteration=1, metrics=metrics))
+        console = Console(file=io.StringIO(), width=120)
+        console.print(render(progress))
+        assert ("versions behind" in console.file.getvalue()) is shown
+
+
 def test_a_run_without_rewards_shows_its_loss():
     shown = lines(
         RunStarted(run="sft", iterations=3),

@@ -193,10 +193,10 @@ CASES = {
         "run.yaml:7: rollout.engine.batch is 4, but a shard holds all 6 samples of a prompt "
         "(rollout.samples_per_prompt): raise the former or lower the latter",
     ),
-    "staleness without a correction": (
-        [("iterations: 60", "iterations: 60, max_staleness: 1")],
-        "run.yaml:13: schedule.max_staleness is above 0 but algorithm.correction.mode is 'off': set it to 'token' or "
-        "'sequence', so that the loss corrects for the older policy",
+    "a bound on age that nothing reaches": (
+        [("iterations: 60", "iterations: 60, max_staleness: 1, drop_staler_than: 1")],
+        "run.yaml:13: schedule.drop_staler_than is 1, but no token is more than schedule.max_staleness (1) versions "
+        "old, so it would drop nothing: lower it, or leave it out",
     ),
     "no model at all": (
         [("path: runs/model, ", "")],
@@ -367,3 +367,25 @@ def test_the_difference_of_two_run_files_is_one_line_per_value(folder: Path):
         'store.uri: "runs" → "other"',
     ]
     assert diff_run_files(old, load(folder)) == []
+
+
+def test_a_run_that_runs_ahead_is_corrected_unless_it_says_otherwise(folder: Path):
+    ahead = ("iterations: 60", "iterations: 60, max_staleness: 1")
+    assert load(folder).objective.correction.mode == "off"
+    assert load(folder, ahead).objective.correction.mode == "token"
+    assert load(folder, ahead).warnings == load(folder).warnings == ()
+    off = load(folder, ahead, sets=("algorithm.correction.mode=off",))
+    assert off.objective.correction.mode == "off"
+    (warning,) = off.warnings
+    assert warning.startswith("schedule.max_staleness is 1 and algorithm.correction.mode is 'off'")
+
+
+def test_a_mode_that_auto_stands_for_is_no_change_and_another_one_is(folder: Path):
+    ahead = ("iterations: 60", "iterations: 60, max_staleness: 1")
+    written = load(folder, sets=("algorithm.correction.mode=off",))
+    assert diff_run_files(written, load(folder)) == []
+    assert diff_run_files(load(folder, ahead, sets=("algorithm.correction.mode=token",)), load(folder, ahead)) == []
+    assert diff_run_files(load(folder), load(folder, ahead)) == [
+        'algorithm.correction.mode: "off" → "token"',
+        "schedule.max_staleness: 0 → 1",
+    ]

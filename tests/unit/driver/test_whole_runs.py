@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from steadyhelm.cli import app
+from steadyhelm.config import RunFile
 from steadyhelm.data.types import ObjectRef, Prompt, ShardRecord
 from steadyhelm.errors import DataError, FencedError
 from steadyhelm.report import read_metrics
@@ -32,6 +33,19 @@ async def test_a_run_ends_with_metrics_of_each_iteration_and_evaluation(start):
     assert sorted(metrics) == [0, 1, 2, 3, 4]
     assert evaluated(metrics) == EVALUATED
     assert metrics[2]["eval/pairs"] == 4.0
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("off", 1), ("auto", 0)])
+async def test_a_run_that_trains_on_old_policies_without_correction_says_so_once_in_its_notes(
+    start, run_file, mode, warned
+):
+    parts = run_file.model_dump()
+    parts["schedule"]["max_staleness"] = 1
+    parts["algorithm"]["correction"]["mode"] = mode
+    run = start(MemoryStore(), RunFile.model_validate(parts))
+    assert await run.follow() == EVERY_ID
+    notes = [note for line in read_metrics(run.store, "fake") for note in line.notes]
+    assert sum("algorithm.correction.mode is 'off'" in note for note in notes) == warned
 
 
 async def test_an_evaluation_outlives_the_replay_of_its_iteration(start):

@@ -14,8 +14,10 @@ from steadyhelm.data.types import (
 )
 from steadyhelm.errors import CorruptObjectError, DataError
 from steadyhelm.services.learner.batch import read_batch
+from steadyhelm.services.learner.targets import batch_metrics
 from steadyhelm.store import open_store
 from steadyhelm.store.codec import encode_reference, encode_rewards, encode_rollout
+from steadyhelm.telemetry import metrics as names
 
 
 def trajectory(number, length, finish=FinishReason.STOP, iteration=4):
@@ -86,6 +88,16 @@ def test_rows_count_where_they_are_scored_not_aborted_and_not_empty(store):
     assert batch.lengths.tolist() == [5, 7, 6, 4]
     assert batch.valid_rows(np.array([3, 1, 0])).tolist() == [1, 0]
     assert batch.reference is None
+
+
+def test_rows_that_the_manifest_drops_do_not_count_and_their_age_does_not_either(store):
+    manifest = put(store)
+    kept = dataclasses.replace(manifest.shards[0], valid=(True, False, True, False))
+    batch = read_batch(store, dataclasses.replace(manifest, shards=(kept,)), with_rewards=True, with_reference=False)
+    assert batch.valid.tolist() == [True, False, False, False]
+    assert batch_metrics(batch)[names.STALENESS_MAX] == 0.0
+    all_of_them = read_batch(store, manifest, with_rewards=True, with_reference=False)
+    assert batch_metrics(all_of_them)[names.STALENESS_MEAN] == pytest.approx(4 / 6)
 
 
 def test_traces_need_no_rewards(store):

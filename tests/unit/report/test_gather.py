@@ -202,6 +202,16 @@ def test_a_sample_is_picked_once_for_its_first_reason():
     }
 
 
+def test_a_sample_that_was_dropped_as_too_old_is_not_called_unscored():
+    total = np.array([1.0, 2.0, np.nan], np.float32)
+    stale = np.array([False, True, False])
+    assert picks(total, np.array([True, False, False]), [False] * 3, stale) == {
+        0: "highest reward",
+        1: "dropped: too old",
+        2: "unscored",
+    }
+
+
 def test_a_character_of_several_tokens_is_shown_at_the_last_of_them():
     parts = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"b"}
 

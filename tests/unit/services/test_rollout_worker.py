@@ -13,13 +13,15 @@ from steadyhelm.config.run import Rollout as RolloutPart
 from steadyhelm.config.weights import LocalTransport, StoreTransport
 from steadyhelm.data.types import FinishReason, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord
 from steadyhelm.errors import CorruptObjectError, DataError, ModelError, ObjectMissingError, RetryableError
+from steadyhelm.models.batch import TokenSequence, collate
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import load_model
+from steadyhelm.models.logprobs import completion_logprobs
 from steadyhelm.services import ShardOrder
 from steadyhelm.services.reference import ReferenceScorer, ReferenceSpec
 from steadyhelm.services.rollout.shards import put_shard
 from steadyhelm.services.rollout.traces import TraceRollout
-from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker
+from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker, make_encoder
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.codec import decode_reference, decode_rollout
 from steadyhelm.store.images import put_image
@@ -310,3 +312,48 @@ async def test_the_reference_refuses_a_shard_that_was_damaged(
     store.put(record.rollout.key, bytes(data))
     with pytest.raises(CorruptObjectError):
         await scored(tiny_model, store, record)
+
+
+async def test_each_token_of_a_shard_was_sampled_by_the_version_that_it_names_also_where_weights_came_in_flight(
+    tiny_model: Path, store: ObjectStore
+) -> None:
+    """The versions differ in the last norm alone, so that keys and values of all of them are the same."""
+    spec = spec_of(tiny_model, store)
+    worker, publisher = RolloutWorker.build(spec), make_sync(StoreTransport(), store, dtype=torch.float32, threads=1)
+    models = [load_model(tiny_model, dtype="float32")]
+    records = []
+    for iteration in range(1, 9):
+        model = load_model(tiny_model, dtype="float32")
+        model.load_state_dict(models[-1].state_dict())
+        last_norm = [parameter for name, parameter in model.named_parameters() if name.endswith(".norm.weight")][-1]
+        with torch.no_grad():
+            last_norm.mul_(1.1)
+        models.append(model)
+        version = PolicyVersion(iteration=iteration, attempt=1)
+        records.append(publisher.publish(version, f"t/weights/{version}", named_weights(model)))
+    sampling = Sampling(max_new_tokens=200, temperature=0.9)
+    order = order_of(prompts(store, 4), sampling=sampling)
+    rolling = asyncio.create_task(worker.rollout(order))
+    for record in records:
+        await asyncio.sleep(0.03)
+        await worker.apply_weights(record)
+    shard = (await rolling).value
+    rows = decode_rollout(store.read(shard.rollout))
+    assert len({int(version) for row in rows for version in row.versions}) > 1
+    encoder = make_encoder(str(tiny_model), spec.model, spec.data, store)
+    for row, oldest in zip(rows, shard.oldest or (shard.min_version,) * len(rows), strict=True):
+        assert oldest == int(row.versions.min())
+        batch = collate([TokenSequence.of(row)], encoder)
+        for version in set(row.versions.tolist()):
+            with torch.no_grad():
+                found, _, _ = completion_logprobs(
+                    models[version], batch, temperature=0.9, banned_ids=encoder.banned_ids
+                )
+            own = row.versions == version
+            np.testing.assert_allclose(row.logprobs[own], found[0].numpy()[own], rtol=0, atol=2e-4)
+    assert (shard.min_version, shard.max_version) == (
+        min(int(row.versions.min()) for row in rows),
+        max(int(row.versions.max()) for row in rows),
+    )
+    await worker.close()
+    publisher.close()

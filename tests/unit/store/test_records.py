@@ -84,6 +84,12 @@ def test_a_changed_record_is_refused_with_its_place(change, message):
         from_json(BatchManifest, {**to_json(MANIFEST), **change}, "a test")
 
 
+def test_a_record_from_before_a_field_with_a_default_is_read_as_that_default():
+    old = to_json(MANIFEST)
+    assert old["shards"][0].pop("oldest") == []
+    assert from_json(BatchManifest, old, "a test") == MANIFEST
+
+
 def test_the_objects_of_a_record_are_all_named():
     assert [ref.key for ref in object_refs(MANIFEST)] == ["run/batches/000001/1-0000.rollout", "r"]
     assert object_refs(CheckpointRecord(version=PolicyVersion(iteration=3, attempt=1), objects=(REF,))) == (REF,)

@@ -23,7 +23,7 @@ class IterationBatch:
     """The rows of an iteration.
 
     ``rewards`` [N] float32, NaN where there is none (all of them in supervised fine-tuning); ``valid`` [N] bool:
-    scored, not aborted and not empty; ``group_ids`` [N] int64; ``mask`` [N, T] bool; ``behaviour`` and
+    scored, not dropped, not aborted and not empty; ``group_ids`` [N] int64; ``mask`` [N, T] bool; ``behaviour`` and
     ``reference`` [N, T] float32, 0 outside the mask, ``reference`` None without a reference policy; ``lengths`` [N]
     int64 of prompt and completion; ``ages`` [N, T] int32: versions between sampling and this step.
     """
@@ -79,10 +79,10 @@ def read_batch(
             found = decode_rewards(data[_needed(shard, "reward")])
             _check_length(shard, "rewards", len(found.total), len(rows))
             rewards.append(np.where(found.valid, found.total, np.float32(np.nan)))
-            scored.append(found.valid)
+            scored.append(found.valid & _kept(shard))
         else:
             rewards.append(np.full(len(rows), np.nan, np.float32))
-            scored.append(np.ones(len(rows), np.bool_))
+            scored.append(_kept(shard))
         if with_reference:
             scores = decode_reference(data[_needed(shard, "reference")])
             _check_length(shard, "reference log-probs", len(scores), len(rows))
@@ -145,6 +145,11 @@ def _needed(shard: ShardRecord, part: str) -> ObjectRef:
     if ref is None:
         raise DataError(f"shard {shard.rollout.key} has no {part} object: score it before the learner steps on it")
     return ref
+
+
+def _kept(shard: ShardRecord) -> NDArray[np.bool_]:
+    """Which rows the manifest says are trained on: the driver drops what is too old."""
+    return np.array(shard.valid or (True,) * len(shard.prompt_ids), np.bool_)
 
 
 def _check_length(shard: ShardRecord, what: str, found: int, wanted: int) -> None:

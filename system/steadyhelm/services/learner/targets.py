@@ -168,14 +168,15 @@ def prompt_ids(batch: IterationBatch, rows: Sequence[int], limit: int = 8) -> st
 
 
 def batch_metrics(batch: IterationBatch) -> Mapping[str, float]:
-    """Lengths, truncation and age of the iteration's completions, unscored ones included."""
+    """Lengths and truncation of all the iteration's completions, and the age of those that count."""
     lengths = batch.mask.sum(1).double()
-    tokens = max(1.0, float(lengths.sum()))
     count = max(1, len(batch))
+    ages = torch.where(batch.valid[:, None], batch.ages, 0)
+    tokens = max(1.0, float(lengths[batch.valid].sum()))
     return {
         names.LENGTH_MEAN: float(lengths.sum()) / count,
         names.LENGTH_MAX: float(lengths.max()) if len(batch) else 0.0,
         names.TRUNCATED_RATE: sum(row.finish == "length" for row in batch.trajectories) / count,
-        names.STALENESS_MEAN: float(batch.ages.sum()) / tokens,
-        names.STALENESS_MAX: float(batch.ages.max()) if batch.ages.numel() else 0.0,
+        names.STALENESS_MEAN: float(ages.sum()) / tokens,
+        names.STALENESS_MAX: float(ages.max()) if ages.numel() else 0.0,
     }

@@ -112,7 +112,9 @@ class Training:
         start = time.monotonic()
         steps = self._plan(batch)
         algorithm = self._run.algorithm
-        target = TraceTarget(algorithm, batch) if isinstance(algorithm, Sft) else PolicyTarget(algorithm, batch)
+        target = (
+            TraceTarget(algorithm, batch) if isinstance(algorithm, Sft) else PolicyTarget(self._run.objective, batch)
+        )
         scored = _scored_first(target, steps)
         order = [rows for step in (*scored, *steps) for rows, _ in step.micro_batches]
         tally = Tally()

@@ -73,7 +73,9 @@ def shard_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _put(order: ShardOrder, ref: ObjectRef, trajectories: Sequence[Trajectory]) -> PutShard:
-    oldest = min(((int(item.versions.min()), item.attempt) for item in trajectories), default=(order.min_version, 0))
+    versions = [int(item.versions.min()) for item in trajectories]
+    attempts = [item.attempt for item in trajectories]
+    oldest = min(zip(versions, attempts, strict=True), default=(order.min_version, 0))
     record = ShardRecord(
         shard=order.shard,
         rollout=ref,
@@ -82,5 +84,6 @@ def _put(order: ShardOrder, ref: ObjectRef, trajectories: Sequence[Trajectory]) 
         min_version=oldest[0],
         max_version=max((int(item.versions.max()) for item in trajectories), default=order.min_version),
         attempt=oldest[1],
+        oldest=tuple(versions) if len(set(versions)) > 1 else (),
     )
     return PutShard(record=record, metrics=shard_metrics(trajectories))
