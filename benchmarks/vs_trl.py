@@ -47,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 RUN_FILE = HERE / "vs_trl.yaml"
 END = "<|vision_pad|>"
 """The end token of the model: a vision token, so it is never sampled."""
-WARM = 3
+WARM = 2
 """Iterations of each run that do not count."""
 CORES = 2
 
@@ -155,8 +155,14 @@ def trl(python: Path, folder: Path, variant: Variant, settings: TrlSettings, war
     if process.returncode:
         raise RuntimeError(f"TRL failed with {variant}:\n{said}\n{complaint}")
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    print(f"TRL {variant}: {lines[0]}", file=sys.stderr, flush=True)
-    return Speed(tokens_per_s=_speed([line for line in lines if line.get("iteration", 0) > warm]), peak_bytes=peak)
+    counted = [line for line in lines if line.get("iteration", 0) > warm]
+    return _told(f"TRL, {variant}", Speed(tokens_per_s=_speed(counted), peak_bytes=peak))
+
+
+def _told(name: str, speed: Speed) -> Speed:
+    """The same speed, said on stderr: a measurement takes long."""
+    print(f"{name}: {speed}", file=sys.stderr, flush=True)
+    return speed
 
 
 def _speed(lines: Sequence[Mapping[str, Any]]) -> float:
@@ -183,7 +189,7 @@ def ours(folder: Path, ahead: int, number: int, iterations: int, warm: int) -> S
     lines = [line for line in whole_runs.lines_of(folder / "store", f"{name}-transformers") if line.iteration > warm]
     tokens = sum(line.metrics[names.LEARNER_TOKENS] for line in lines)
     seconds = sum(line.metrics[names.ITERATION_SECONDS] for line in lines)
-    return Speed(tokens_per_s=tokens / seconds, peak_bytes=cost.peak_bytes)
+    return _told(f"k = {ahead}", Speed(tokens_per_s=tokens / seconds, peak_bytes=cost.peak_bytes))
 
 
 def measure(quick: bool) -> list[table.Row]:
