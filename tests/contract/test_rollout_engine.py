@@ -553,7 +553,8 @@ async def test_a_server_samples_behind_an_update_in_flight_as_if_the_new_weights
     requests = [served.request(f"0:{n}", TEXTS[n % 4], images=(n,), seed=n) for n in range(6)]
     record = served.record(PolicyVersion(iteration=5, attempt=2))
     work = asyncio.create_task(answers(served, requests, Sampling(max_new_tokens=400)))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0)
+    await answers(served, several(served, 3), Sampling(max_new_tokens=24))  # behind the others, and done before them
     await served.engine.apply_weights(record)
     found = (await work).values()
     crossed = [completion for completion in found if set(completion.versions.tolist()) == {4, 5}]
