@@ -321,7 +321,12 @@ class ServedEngine:
 
     async def _take(self, read: Callable[[], Mapping[str, torch.Tensor]], version: PolicyVersion) -> None:
         """Has the server take what ``read`` returns as ``version``; see ``apply_weights`` for the errors."""
-        file, digest = await asyncio.to_thread(self._write, read, version)
+        if self._server.lost is not None:
+            raise self._server.lost
+        try:
+            file, digest = await asyncio.to_thread(self._write, read, version)
+        except FileNotFoundError as error:  # the folder goes with the server
+            raise self._server.lose(f"its folder for weights is gone ({error})") from error
         try:
             with telemetry.span("rollout", "stage weights"):
                 await self._dialect.stage(self._server, file, digest)
