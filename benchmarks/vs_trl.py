@@ -154,7 +154,7 @@ def trl(python: Path, folder: Path, variant: Variant, settings: TrlSettings, war
         said, complaint = out.read(), err.read()
     if process.returncode:
         raise RuntimeError(f"TRL failed with {variant}:\n{said}\n{complaint}")
-    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
     counted = [line for line in lines if line.get("iteration", 0) > warm]
     return _told(f"TRL, {variant}", Speed(tokens_per_s=_speed(counted), peak_bytes=peak))
 
