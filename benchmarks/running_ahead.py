@@ -1,8 +1,9 @@
 """Running ahead: what an iteration gains where rollouts run one policy version ahead, against its bound.
 
-Real runs of the digits workload by the command line, from a random model, with one engine and one learner rank, pinned
-to a core each; ``max_staleness`` 0 and 1 alternate. A side is busy while it computes (generation; forward, backward and
-optimiser). Where cores are independent no schedule can be faster than the slower side:
+Real runs of the digits workload by the command line, with one engine and one learner rank, pinned to a core each;
+``max_staleness`` 0 and 1 alternate. They begin with a random model, or with ``--model FOLDER``. A side is busy while it
+computes (generation; forward, backward and optimiser). Where cores are independent no schedule can be faster than the
+slower side:
 
     bound = iteration(k = 0) / max(busy engine, busy learner)
 
@@ -15,8 +16,9 @@ The first iterations of each run warm caches and fill the pipeline; they do not 
 of each kind.
 
 ``--curves`` trains instead, with k = 0, 1 and 4, with and without the correction, from one cold start, and prints the
-held-out accuracy at each evaluation. ``--model FOLDER`` is that cold start (made first where it is not given),
-``--store FOLDER`` where the runs are kept, so that an interrupted measurement goes on, ``--iterations N`` their length.
+held-out accuracy at each evaluation. ``--model FOLDER`` is that cold start (made first where it is not given);
+``--store FOLDER`` is where the runs are kept, so that an interrupted measurement goes on; ``--iterations N`` is how long
+they are.
 """
 
 from __future__ import annotations
@@ -67,12 +69,12 @@ def pin(pid: int) -> None:
             continue  # it has ended meanwhile
 
 
-def iterations(folder: Path, ahead: int, number: int, count: int) -> list[dict[str, float]]:
+def iterations(folder: Path, model: Path | None, ahead: int, number: int, count: int) -> list[dict[str, float]]:
     """Metrics of the iterations of a run that count. Raises RuntimeError where it fails."""
-    settings = {
+    settings: dict[str, object] = {
         "name": f"k{ahead}-{number}",
-        "model.path": "",
-        "model.factory": "tiny_model.py:build",
+        "model.path": model.absolute() if model else "",
+        "model.factory": "null" if model else "tiny_model.py:build",
         "data.eval": "null",
         "rollout.replicas": 1,
         "learner.replicas": 1,
@@ -128,7 +130,7 @@ def slow_down() -> float:
     return max(1.0, _spun(cores) / alone)
 
 
-def measure(quick: bool) -> list[table.Row]:
+def measure(model: Path | None, quick: bool) -> list[table.Row]:
     """Iteration, sides, both bounds, and what of them is reached. Raises RuntimeError where a run fails."""
     rounds, count = (1, WARM + 3) if quick else (3, WARM + 15)
     lines: dict[int, list[dict[str, float]]] = {0: [], 1: []}
@@ -136,7 +138,7 @@ def measure(quick: bool) -> list[table.Row]:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for ahead in lines:
-                lines[ahead] += iterations(Path(folder), ahead, number, count)
+                lines[ahead] += iterations(Path(folder), model, ahead, number, count)
     spins.append(slow_down())
     before, after = (statistics.median(line[names.ITERATION_SECONDS] for line in lines[ahead]) for ahead in (0, 1))
     engine, learner = busy_s(lines[0], ENGINE), busy_s(lines[0], LEARNER)
@@ -215,7 +217,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int)
     given, rest = parser.parse_known_args()
     length = given.iterations or load_run_file(whole_runs.WORKLOAD / "digits.yaml", []).schedule.iterations
-    what = partial(curves, given.model, given.store, length) if given.curves else measure
+    what = partial(curves, given.model, given.store, length) if given.curves else partial(measure, given.model)
     table.main(__doc__ or "", what, rest)
 
 
