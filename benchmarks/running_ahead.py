@@ -17,8 +17,8 @@ of each kind.
 
 ``--curves`` trains instead, with k = 0, 1 and 4, with and without the correction, from one cold start, and prints the
 held-out accuracy at each evaluation. ``--model FOLDER`` is that cold start (made first where it is not given);
-``--store FOLDER`` is where the runs are kept, so that an interrupted measurement goes on; ``--iterations N`` is how long
-they are.
+``--store FOLDER`` is where the runs are kept, so that an interrupted measurement goes on; ``--iterations N`` is how
+long they are.
 """
 
 from __future__ import annotations
