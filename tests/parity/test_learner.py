@@ -78,7 +78,7 @@ def oracle(inputs):
         for number, batch in inputs.iterations.items():
             usable = np.array([row.finish != FinishReason.ABORT for row in batch.trajectories])
             rows, rewards, reference = batch.trajectories, batch.rewards, batch.reference
-            usable = usable if settings.is_sft else usable & rewards.valid
+            usable &= rewards.valid  # as the manifest says, in supervised fine-tuning too
             rewards = dataclasses.replace(rewards, valid=usable)
             results.append(judge.iterate(number, rows, rewards, reference if settings.uses_reference else None))
         return named_weights(model), results
