@@ -30,6 +30,7 @@ def iterations(folder: Path, prompts: int, train_batch: int, count: int) -> list
         "model.path": "",
         "model.factory": "tiny_model.py:build",
         "data.eval": "null",
+        "schedule.eval_every": 0,
         "schedule.prompts_per_iteration": prompts,
         "learner.train_batch": train_batch,
         "schedule.iterations": count,
@@ -45,7 +46,7 @@ def measure(quick: bool) -> list[table.Row]:
     """The shares of a large iteration and of the digits run's. Raises RuntimeError where the large one is not."""
     run = load_run_file(whole_runs.WORKLOAD / "digits.yaml", [])
     prompts, train_batch = run.schedule.prompts_per_iteration, run.learner.train_batch
-    sizes = [(prompts, train_batch, 4)] if quick else [(10 * prompts, 10 * train_batch, 4), (prompts, train_batch, 21)]
+    sizes = [(prompts, train_batch, 4)] if quick else [(12 * prompts, 12 * train_batch, 4), (prompts, train_batch, 21)]
     rows: list[table.Row] = []
     for number, (rollouts, batch, count) in enumerate(sizes):
         with tempfile.TemporaryDirectory() as folder:
