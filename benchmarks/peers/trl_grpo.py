@@ -53,7 +53,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # TRL's environment is not 
 
 def say(line: dict[str, Any]) -> None:
     """Prints a JSON line."""
-    print(json.dumps(line), flush=True)
+    print(json.dumps(line) + "\n", end="", flush=True)  # in one piece: other processes print beside this one
 
 
 def prompts(folder: Path) -> Dataset:
