@@ -2,9 +2,10 @@
 
 import asyncio
 import io
+import itertools
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -434,47 +435,61 @@ async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_go_on_servin
         np.testing.assert_allclose(completion.logprobs, after[name].logprobs, rtol=0, atol=1e-5)
 
 
-async def test_weights_that_come_in_flight_serve_from_the_next_token_on(subject: Subject) -> None:
-    requests = [subject.request(f"0:{n}", TEXTS[n % 4], images=(n,), seed=n) for n in range(8)]
-    record = subject.record(PolicyVersion(iteration=5, attempt=2))
-    swapped = False
+async def across(
+    subject: Subject, record: WeightsRecord, ask: Callable[[str, int], EngineRequest]
+) -> tuple[list[Completion], list[RetryableError]]:
+    """What two streams of requests end with while weights come in flight: each asks again until they are there."""
+    swap: asyncio.Task[None] | None = None
     done: list[Completion] = []
+    sent_back: list[RetryableError] = []
 
-    async def swap() -> None:
-        nonlocal swapped
-        await asyncio.sleep(0)
-        await subject.engine.apply_weights(record)
-        swapped = True
+    async def stream(name: int) -> None:
+        nonlocal swap
+        for turn in itertools.count():
+            requests = [ask(f"{name}:{8 * turn + n}", n) for n in range(8)]
+            try:
+                async for completion in subject.engine.generate(requests, Sampling(max_new_tokens=600)):
+                    done.append(completion)
+                    swap = swap or asyncio.create_task(subject.engine.apply_weights(record))
+            except RetryableError as error:
+                sent_back.append(error)
+            if swap and swap.done():
+                return
 
-    async with asyncio.TaskGroup() as group:
-        async for completion in subject.engine.generate(requests, Sampling(max_new_tokens=600)):
-            if not done:
-                group.create_task(swap())
-            done.append(completion)
-            await asyncio.sleep(0)
-    assert swapped
-    assert {4, 5} >= {int(v) for completion in done for v in completion.versions}
-    assert any({4, 5} == set(completion.versions.tolist()) for completion in done), [
-        (completion.versions.tolist().count(4), len(completion.versions)) for completion in done
-    ]
-    for completion in done:
-        assert (np.diff(completion.versions) >= 0).all()
+    await asyncio.gather(stream(0), stream(1))
+    assert swap is not None
+    await swap
+    return done, sent_back
+
+
+async def test_weights_that_come_in_flight_serve_from_the_next_token_on(subject: Subject) -> None:
+    record = subject.record(PolicyVersion(iteration=5, attempt=2))
+    requests: dict[str, EngineRequest] = {}
+
+    def ask(name: str, n: int) -> EngineRequest:
+        return requests.setdefault(name, subject.request(name, TEXTS[n % 4], images=(n,), seed=len(requests)))
+
+    done, sent_back = await across(subject, record, ask)
+    assert not sent_back
+    assert {completion.prompt_id for completion in done} == set(requests)
+    assert all(set(completion.versions.tolist()) <= {4, 5} for completion in done)
+    assert all((np.diff(completion.versions) >= 0).all() for completion in done)
+    both = [completion for completion in done if {4, 5} == set(completion.versions.tolist())]
+    assert both, [int((completion.versions == 4).sum()) for completion in done]
+    for completion in both:
         old = int((completion.versions == 4).sum())
-        request = next(request for request in requests if request.prompt_id == completion.prompt_id)
-        expected = subject.logprobs(0, request, completion.tokens)
+        expected = subject.logprobs(0, requests[completion.prompt_id], completion.tokens)
         np.testing.assert_allclose(completion.logprobs[:old], expected[:old], rtol=0, atol=1e-4)
-        if old < len(completion.tokens):
-            assert np.abs(completion.logprobs[old:] - expected[old:]).max() > 1e-3
+        assert np.abs(completion.logprobs[old:] - expected[old:]).max() > 1e-3
 
 
 async def test_weights_of_another_attempt_in_flight_send_the_requests_back(subject: Subject) -> None:
-    requests = [subject.request(f"0:{n}", TEXTS[0], seed=n) for n in range(4)]
     record = subject.record(PolicyVersion(iteration=5, attempt=3))
-    with pytest.raises(RetryableError, match="attempt"):
-        await asyncio.gather(
-            answers(subject, requests, Sampling(max_new_tokens=600)), subject.engine.apply_weights(record)
-        )
-    assert {completion.attempt for completion in (await answers(subject, requests)).values()} == {3}
+    done, sent_back = await across(subject, record, lambda name, n: subject.request(name, TEXTS[0], seed=n))
+    assert sent_back
+    assert all("attempt" in str(error) for error in sent_back)
+    for completion in done:
+        assert (completion.attempt, set(completion.versions.tolist())) in [(2, {4}), (3, {5})]
 
 
 async def test_a_corrupt_image_is_an_error_of_its_request_and_the_engine_goes_on(subject: Subject) -> None:
