@@ -60,7 +60,7 @@ check: setup ## format, lint, types, import contracts, repeated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(call repeated,12,$$(find $(wildcard system workloads benchmarks docs engines) -name '*.py'))
+	$(call repeated,12,$$(find $(wildcard system operators workloads benchmarks docs engines) -name '*.py'))
 	$(call repeated,12,$$(find tests -name '*.py'))
 
 bench: setup ## every benchmark, quickly

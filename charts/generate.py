@@ -1,6 +1,7 @@
 """Writes what of the charts is made from something else: ``python charts/generate.py``.
 
-The README's table comes from the comments in ``values.yaml``, the dashboard from the table below.
+The READMEs' tables come from the comments in ``values.yaml``, the dashboard from the table below, the
+CustomResourceDefinition of ``TrainingRun`` from the operator's models and the run file's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from steadyhelm_operator.crd import crd
 
 CLUSTER = Path(__file__).parent / "steadyhelm-cluster"
+OPERATOR = Path(__file__).parent / "steadyhelm-operator"
 MARK = "<!-- values: made by charts/generate.py from the comments in values.yaml -->"
 
 PANELS = (
@@ -108,9 +111,9 @@ def documented(text: str) -> Iterator[tuple[str, str]]:
         comment = []
 
 
-def values_table() -> str:
-    """A row for each value: path, default, meaning."""
-    text = (CLUSTER / "values.yaml").read_text(encoding="utf-8")
+def values_table(chart: Path) -> str:
+    """A row for each of the chart's values: path, default, meaning."""
+    text = (chart / "values.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     rows = [f"| `{path}` | `{json.dumps(at(values, path))}` | {meaning} |" for path, meaning in documented(text)]
     return "\n".join([MARK, "", "| value | default | meaning |", "|---|---|---|", *rows]) + "\n"
@@ -124,12 +127,22 @@ def at(values: dict[str, Any], path: str) -> Any:
     return found
 
 
-def readme() -> str:
+def readme(chart: Path) -> str:
     """The chart's README, all but the table as it stands."""
-    return (CLUSTER / "README.md").read_text(encoding="utf-8").partition(MARK)[0] + values_table()
+    return (chart / "README.md").read_text(encoding="utf-8").partition(MARK)[0] + values_table(chart)
 
 
-FILES = {CLUSTER / "files" / "dashboard.json": dashboard, CLUSTER / "README.md": readme}
+def definition() -> str:
+    """The CustomResourceDefinition, which the chart installs as it is."""
+    notice = "# Made by charts/generate.py from operators/steadyhelm_operator/api.py and the run file's models.\n"
+    return notice + yaml.safe_dump(crd(), sort_keys=False, width=118, allow_unicode=True)
+
+
+FILES = {
+    CLUSTER / "files" / "dashboard.json": dashboard,
+    CLUSTER / "README.md": lambda: readme(CLUSTER),
+    OPERATOR / "files" / "trainingruns.yaml": definition,
+}
 """Each file that is made, and what makes it."""
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _top_level_names(tree: ast.Module) -> set[str]:
     return names
 
 
-class _Schema(GenerateJsonSchema):
+class RunFileSchema(GenerateJsonSchema):
     """JSON Schema as a Kubernetes resource can hold it: a tuple of one type is an array of that type."""
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> JsonSchemaValue:
@@ -169,7 +169,7 @@ class _Schema(GenerateJsonSchema):
 
 def schema() -> dict[str, Any]:
     """The run file's JSON Schema with the fields' descriptions. An optional field is ``anyOf`` its type and null."""
-    return RunFile.model_json_schema(schema_generator=_Schema)
+    return RunFile.model_json_schema(schema_generator=RunFileSchema)
 
 
 def diff_run_files(old: RunFile, new: RunFile) -> list[str]:

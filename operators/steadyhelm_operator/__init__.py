@@ -1,0 +1,1 @@
+"""The operator of ``TrainingRun`` resources: a run file as spec, kept going, with its progress as status."""
