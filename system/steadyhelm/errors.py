@@ -6,7 +6,8 @@
     ├── RetryableError           the same call may succeed later; ``delay_s`` says how long to wait at least
     │   ├── DeadlineError        a remote call or a wait passed its deadline
     │   ├── EngineLostError      a rollout engine or its process is gone; its requests may go elsewhere
-    │   └── LearnerLostError     a learner rank is gone; the group restarts from the last checkpoint
+    │   ├── LearnerLostError     a learner rank is gone; the group restarts from the last checkpoint
+    │   └── UnreachableError     a cluster's API does not answer
     └── FatalError               no retry helps; the message names the place and the remedy
         ├── ConfigError          the run file is wrong
         ├── DataError            a record, an image or a label of the data set is wrong
@@ -19,16 +20,23 @@
         ├── NonFiniteError       a loss or a gradient is NaN or infinite
         ├── StoppedError         a signal ended the command; ``signal`` says which
         ├── UnscoredError        a sample could not be scored and the run file says ``stop``
+        ├── TokenRefusedError    a cluster's API asks for a token, or refuses the one it got
+        ├── RequestRefusedError  a cluster's API refuses a request
         └── ResourceError        the machine lacks a port, shared memory or a device
 
-Every message is one sentence that names the place, the value and the remedy.
+Every message is one sentence that names the place, the value and the remedy. ``reason`` is the error's class for
+machines, which decide by it whether another try may help: a word of its type, or one that an error itself was given.
 """
 
 from __future__ import annotations
 
+import errno
+
 
 class SteadyhelmError(Exception):
     """Base of all errors that Steadyhelm raises on purpose."""
+
+    reason: str = "Failed"
 
 
 class RetryableError(SteadyhelmError):
@@ -47,13 +55,19 @@ class RetryableError(SteadyhelmError):
 class DeadlineError(RetryableError):
     """A remote call or a wait passed its deadline."""
 
+    reason = "DeadlinePassed"
+
 
 class EngineLostError(RetryableError):
     """A rollout engine, or the process that holds it, is gone."""
 
+    reason = "EngineFailed"
+
 
 class LearnerLostError(RetryableError):
     """A learner rank is gone; the group has to restart from the last checkpoint."""
+
+    reason = "LearnerFailed"
 
 
 class FatalError(SteadyhelmError):
@@ -63,17 +77,34 @@ class FatalError(SteadyhelmError):
 class ConfigError(FatalError):
     """The run file is wrong; the message names the path, the value and the remedy."""
 
+    reason = "BadRunFile"
+
 
 class DataError(FatalError):
     """A record, an image or a label of the data set is wrong."""
+
+    reason = "BadData"
 
 
 class ModelError(FatalError):
     """A model folder cannot be used."""
 
+    reason = "BadModel"
+
 
 class StoreError(FatalError):
-    """The object store cannot be used."""
+    """The object store cannot be used.
+
+    Args:
+        message: what could not be done, where, and the remedy.
+        reason: ``StoreRefused``, ``StoreUnreachable`` or ``DiskFull`` where it is one of these.
+    """
+
+    reason = "StoreFailed"
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or type(self).reason
 
 
 class ObjectMissingError(StoreError):
@@ -87,17 +118,25 @@ class ObjectExistsError(StoreError):
 class CorruptObjectError(StoreError):
     """An object's bytes do not match their checksum or their format."""
 
+    reason = "StoreDamaged"
+
 
 class FencedError(FatalError):
     """Another attempt has taken the run over; this one must stop writing."""
+
+    reason = "TakenOver"
 
 
 class NonFiniteError(FatalError):
     """A loss, a gradient or a weight is NaN or infinite."""
 
+    reason = "NonFinite"
+
 
 class UnscoredError(FatalError):
     """A sample could not be scored and the run file says ``on_unscored: stop``."""
+
+    reason = "Unscored"
 
 
 class StoppedError(FatalError):
@@ -108,6 +147,8 @@ class StoppedError(FatalError):
         signal: the signal's number.
     """
 
+    reason = "Stopped"
+
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
@@ -115,3 +156,36 @@ class StoppedError(FatalError):
 
 class ResourceError(FatalError):
     """The machine lacks something that the run needs: a port, shared memory, a device."""
+
+    reason = "NoResource"
+
+
+class UnreachableError(RetryableError):
+    """A cluster's API does not answer, or answers that it cannot now."""
+
+    reason = "ClusterUnreachable"
+
+
+class TokenRefusedError(FatalError):
+    """A cluster's API asks for a token, or refuses the one it got."""
+
+    reason = "TokenRefused"
+
+
+class RequestRefusedError(FatalError):
+    """A cluster's API refuses a request: what is asked for is not there, or cannot be."""
+
+    reason = "RequestRefused"
+
+
+def reason_of(error: BaseException) -> str:
+    """The class of ``error`` for machines: its own, ``DiskFull`` where that is behind it, ``Bug`` for any other.
+
+    Example: ``reason_of(ConfigError("…")) == "BadRunFile"``
+    """
+    cause: BaseException | None = error
+    for _ in range(8):  # causes of causes; Ray's errors name theirs by ``cause``
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "DiskFull"
+        cause = getattr(cause, "cause", None) or getattr(cause, "__cause__", None)
+    return error.reason if isinstance(error, SteadyhelmError) else "Bug"

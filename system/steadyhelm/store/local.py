@@ -53,6 +53,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the path is too long: choose a shorter store.uri",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
 }
+_REASONS = {errno.ENOSPC: "DiskFull", errno.EDQUOT: "DiskFull"} | dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "StoreRefused"
+)
 
 
 class LocalStore:
@@ -255,7 +258,7 @@ class LocalStore:
         code = errno.EISDIR if isinstance(error, IsADirectoryError) else error.errno or 0
         if isinstance(error, FileExistsError):
             code = errno.ENOTDIR  # mkdir met an object where a folder should be
-        return StoreError(f"cannot {verb} {key!r} in {self.uri}: {remedy(error, code)}")
+        return StoreError(f"cannot {verb} {key!r} in {self.uri}: {remedy(error, code)}", _REASONS.get(code, ""))
 
 
 def remedy(error: OSError, code: int = 0) -> str:

@@ -112,7 +112,8 @@ class Requests:
                     raise StoreError(
                         f"cannot {verb} {key!r} in {self._address}: no success in {now - started:.0f} s, the last try "
                         f"ended with {_named(error)}: see whether the server is up and can be reached, then resume "
-                        "the run"
+                        "the run",
+                        "StoreUnreachable",
                     ) from error
                 if now - told > NOTICE_S:
                     told = now
@@ -137,9 +138,11 @@ class Requests:
             return StoreError(f"{place}: one key is a folder of another: choose another key")
         if status_of(error):
             remedy = _REMEDIES.get(code) or _REMEDIES.get(str(status_of(error)))
-            return StoreError(f"{place}: {_named(error)}: {remedy or 'see what the server says of that in its log'}")
+            reason = "DiskFull" if remedy == _FULL else "StoreRefused"
+            text = f"{place}: {_named(error)}: {remedy or 'see what the server says of that in its log'}"
+            return StoreError(text, reason)
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            return StoreError(f"{place}: there are no credentials: {_CREDENTIALS}")
+            return StoreError(f"{place}: there are no credentials: {_CREDENTIALS}", "StoreRefused")
         return StoreError(f"{place}: {_named(error)}: mend store.uri, or the AWS_* settings of the environment")
 
 

@@ -1,0 +1,10 @@
+"""Runs on a Ray cluster, over its Jobs API: what to send, how to ask, how to listen. Needs no Ray on this machine.
+
+A run is a job for each of its attempts: ``submission_id``. Whoever asks for the same attempt again gets the job that is
+there, so every call may be repeated.
+"""
+
+from steadyhelm.jobs.client import ENDED, Job, JobRequest, Jobs, entrypoint, submission_id
+from steadyhelm.jobs.token import api_token
+
+__all__ = ["ENDED", "Job", "JobRequest", "Jobs", "api_token", "entrypoint", "submission_id"]
