@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import traceback
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -85,15 +86,19 @@ def start(
     from steadyhelm import telemetry
     from steadyhelm.display import Display
     from steadyhelm.errors import ConfigError
+    from steadyhelm.status import StatusBoard, told_at_the_end
 
     if new and resume_last:
         raise typer.BadParameter("give one of --new and --resume-last")
-    run_file = _load(file, sets)
-    if context.info_name == "sft" and not run_file.is_sft:
-        kind = run_file.algorithm.type
-        raise ConfigError(f"{file}: algorithm.type is {kind!r}: 'steadyhelm sft' takes 'sft', use 'steadyhelm run'")
-    as_json = log_format is LogFormat.JSON
-    with Display(live=False if as_json else None, quiet=quiet or as_json) as display:
+    as_json, board = log_format is LogFormat.JSON, StatusBoard()
+    with (
+        told_at_the_end(board, typer.echo) if as_json else nullcontext(),
+        Display(live=False if as_json else None, quiet=quiet or as_json) as display,
+    ):
+        run_file = _load(file, sets)
+        if context.info_name == "sft" and not run_file.is_sft:
+            kind = run_file.algorithm.type
+            raise ConfigError(f"{file}: algorithm.type is {kind!r}: 'steadyhelm sft' takes 'sft', use 'steadyhelm run'")
         # After the display has begun: a live one moves what is written to stderr above its picture.
         level = logging.WARNING if display.is_live and not debug else _level(debug)
         telemetry.configure(log_format.value, level)
@@ -111,7 +116,7 @@ def start(
             address=address,
         )
         sink = telemetry.log_event if as_json else display.update
-        code = driver.run(run_file, file.resolve().parent, options, sink)
+        code = driver.run(run_file, file.resolve().parent, options, sink, board)
     raise typer.Exit(code)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from steadyhelm import __version__
+from steadyhelm import __version__, status
 from steadyhelm.config import RunFile
 from steadyhelm.config.load import diff_run_files
 from steadyhelm.data.types import CheckpointRecord, PolicyVersion, PromptId
@@ -26,6 +26,7 @@ from steadyhelm.loop import IterationReport, Loop, Services
 from steadyhelm.models.folder import require_model_folder
 from steadyhelm.scaling import Scaler
 from steadyhelm.services import PromptSource
+from steadyhelm.status import StatusBoard
 from steadyhelm.store import ObjectStore, open_store, retention, run_uri
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.ledger import Ledger
@@ -35,6 +36,7 @@ from steadyhelm.store.probe import require_one_winner
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
 from steadyhelm.telemetry.logs import redact, secret_values
 from steadyhelm.telemetry.metrics import REPLAYED, RESTARTS
+from steadyhelm.telemetry.status import Checkpoint, Rollouts, Version
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What ends a run on purpose."""
@@ -83,7 +85,7 @@ def choose_run_id(run: RunFile, store: ObjectStore, options: RunOptions) -> str:
     return f"{base}-{len(taken) + 1}" if taken else base
 
 
-def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> int:
+def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink, board: StatusBoard | None = None) -> int:
     """Runs, or goes on with, the run that ``run_file`` describes; blocks until it is finished or stopped.
 
     Args:
@@ -91,6 +93,7 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
         base: the run file's folder, where task code is looked for.
         options: how to start.
         tell: takes events for the display.
+        board: gets the run's status; None where nobody wants it.
 
     Returns:
         0 when the run is finished, 128 + the signal's number when a signal stopped it.
@@ -98,17 +101,31 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink) -> 
     Raises:
         SteadyhelmError: what ended the run; everything committed is kept.
     """
+    board = board or StatusBoard()
+    with status.served(board, tell) as told:
+        code = _run(run_file, base, options, told, board)
+    board.ended(code)
+    return code
+
+
+def _run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink, board: StatusBoard) -> int:
     store = open_store(run_file.store.uri)
     layout = RunLayout(choose_run_id(run_file, store, options))
+    iterations = run_file.schedule.iterations
+    board.note(run=layout.run, store=store.uri, iterations=iterations)
     _require_model(run_file)
     require_one_winner(store, layout.run)
     lock = held(store, layout.run, take_over=options.take_over, tell=tell)
     with lock, _scraped(run_file, layout.run, tell) as told:
         log = take_over(run_file, store, layout.run, options.accept_changes)
         if log is None:
+            board.note(iteration=iterations)
             told(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
             return 0
-        return asyncio.run(Driver(run_file, base, options, store, layout, log, told).drive())
+        with status.kept(board, store, layout, log):
+            code = asyncio.run(Driver(run_file, base, options, store, layout, log, told, board).drive())
+            board.ended(code)
+        return code
 
 
 def take_over(run_file: RunFile, store: ObjectStore, run: str, accept_changes: bool) -> CommitLog | None:
@@ -189,8 +206,10 @@ class Driver:
         layout: RunLayout,
         log: CommitLog,
         tell: EventSink,
+        board: StatusBoard | None = None,
     ) -> None:
         self._run = run_file
+        self._board = board or StatusBoard()
         self._base = base
         self._address = options.address or run_file.runtime.address
         self._again = f"{options.command} --id {layout.run}"
@@ -243,6 +262,7 @@ class Driver:
                 raise
             code = self._stopped()
             self._keep_notes()
+            self._note_status()
         return code
 
     def _tell(self, event: Event) -> None:
@@ -250,6 +270,24 @@ class Driver:
         if isinstance(event, Notice):
             self._note_down(event.text)
         self._told(event)
+        self._note_status()
+
+    def _note_status(self, **known: Any) -> None:
+        """Puts ``known`` and what the commit log and the rollout pool say into the run's status."""
+        weights, saved = self._log.latest_weights(), self._log.checkpoint()
+        rollouts = [pool for pool in self._pools if pool.service == "rollout"]
+        version = weights and Version(iteration=weights.version.iteration, attempt=weights.version.attempt)
+        at = saved and Checkpoint(iteration=saved.version.iteration, key=self._layout.checkpoint(saved.version))
+        self._board.note(
+            attempt=self._log.attempt,
+            iteration=self._log.last_iteration,
+            version=version,
+            checkpoint=at,
+            rollouts=Rollouts(
+                ready=sum(len(pool.serving) for pool in rollouts), desired=sum(pool.size for pool in rollouts)
+            ),
+            **known,
+        )
 
     def _note_down(self, text: str) -> None:
         self._notes.append(redact(text, self._secrets))
@@ -292,6 +330,7 @@ class Driver:
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
         self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
         self._scaler = Scaler(self._run, services.rollout, self._tell)
+        self._note_status(phase="running")
         for text in self._run.warnings:
             self._tell(Notice(text=text, level="warning"))
         async with aclosing(self._loop.iterations()) as reports:
@@ -419,6 +458,7 @@ class Driver:
         def on(number: signal.Signals) -> None:
             again = self._signal is not None
             self._signal = number
+            self._note_status(phase="stopping")
             if again or self._loop is None:
                 work.cancel()
                 return

@@ -12,6 +12,7 @@
     <run>/eval/<iteration:06d>/<attempt>-<shard:04d>.rollout    completions of an evaluation
     <run>/report/…, <run>/model/…                               the report; the final model folder
     <run>/start/…                                               the starting point where a factory made it
+    <run>/status.json                                           where the last driver left the run
     <run>/lease, <run>/probe/…                                  who drives the run; traces of a race at the start
 
 A number that outgrows its width is written whole; ``parse`` reads it all the same, but names then no longer sort.
@@ -97,6 +98,11 @@ class RunLayout:
     def start(self) -> str:
         """Prefix of the starting point's model folder where a factory made it, without a slash behind."""
         return f"{self.run}/start"
+
+    @property
+    def status(self) -> str:
+        """Key of the status in which the last driver left the run."""
+        return f"{self.run}/status.json"
 
     @property
     def lease(self) -> str:

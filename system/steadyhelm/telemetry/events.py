@@ -28,7 +28,7 @@ class RunStarted:
 class ServiceState:
     """What a service is doing or waiting for; an empty ``state``: it is gone.
 
-    ``since_s`` is ``time.monotonic()`` at the change.
+    ``since_s`` is ``time.monotonic()`` at the change. ``lacks`` says which room in the cluster it does not find.
 
     Example: ``ServiceState(service="learner", state="waits for the batch of iteration 12", since_s=2211.5,
     waiting=True)``
@@ -38,6 +38,7 @@ class ServiceState:
     state: str
     since_s: float
     waiting: bool = False
+    lacks: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
