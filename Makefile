@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup train test test-charts test-runs test-store test-engines engines test-gpu check bench constraints clean
+.PHONY: help setup train test test-charts test-cluster test-runs test-store test-engines engines images test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -28,11 +28,16 @@ train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (
 		--set model.path=runs/$(COLD_START)/model $(if $(ENGINE),--set rollout.engine.type=$(ENGINE))
 
 test: setup ## every test that needs nothing beyond PyPI
-	$(BIN)/pytest -m "not charts and not engines and not gpu and not runs and not store" tests
+	$(BIN)/pytest -m "not charts and not cluster and not engines and not gpu and not runs and not store" tests
 
 test-charts: setup ## the Helm charts, rendered by helm and judged by the schemas of Kubernetes and KubeRay (helm is built by Go where missing)
 	@.ci/helm >/dev/null || { echo "make test-charts: nothing was tested" >&2; exit 1; }
 	$(BIN)/pytest -m charts -rs tests/charts
+
+test-cluster: setup ## the charts on a real Kubernetes: the one that KUBECONFIG names, or one of this machine's own (root, Go and Debian's packages)
+	@.ci/helm >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
+	@[ -n "$$KUBECONFIG" ] || { .ci/kubernetes && .ci/versitygw && .ci/node-images; } >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
+	$(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster
 
 test-runs: setup ## whole runs over real Ray, killed and resumed
 	$(BIN)/pytest -m runs tests
@@ -47,6 +52,9 @@ engines: ## the environments of the vLLM and the SGLang server, from PyPI, in th
 
 test-engines: setup engines ## engine servers under the suite of all engines
 	$(BIN)/pytest -m engines --timeout 900 tests
+
+images: ## container images of every role, with docker or buildah (ROLES="cpu reward" builds those alone)
+	@.ci/images $(ROLES)
 
 # $(call repeated,LINES,FILES) fails where files share a block of that many lines, and where symilar does not finish.
 define repeated

@@ -1,0 +1,32 @@
+# The operator of TrainingRuns: neither Ray nor torch.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS environment
+ARG PACKAGE_INDEX
+WORKDIR /build
+COPY docker/environment pyproject.toml constraints.txt ./
+RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/venv --constraint constraints.txt \
+      --requirement pyproject.toml --extra operator \
+    && echo /opt/steadyhelm/code >/opt/steadyhelm/venv/lib/python3.11/site-packages/code.pth
+
+FROM environment AS code
+COPY README.md LICENSE ./
+COPY system system
+COPY operators operators
+RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/code --no-deps .
+
+FROM ${BASE}
+RUN --mount=type=bind,source=docker/runtime,target=/build/runtime /build/runtime
+COPY --from=environment /opt/steadyhelm/venv /opt/steadyhelm/venv
+ENV PATH=/opt/steadyhelm/code/bin:/opt/steadyhelm/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+COPY --from=code /opt/steadyhelm/code /opt/steadyhelm/code
+ENTRYPOINT ["python", "-m", "steadyhelm_operator"]
+ARG VERSION=0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="steadyhelm-operator" \
+      org.opencontainers.image.description="Steadyhelm: the operator of TrainingRuns" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

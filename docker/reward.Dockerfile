@@ -1,0 +1,32 @@
+# Reward workers: Ray, and no torch. Terms of your own that need more packages go into an image on top of this one.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS environment
+ARG PACKAGE_INDEX
+WORKDIR /build
+COPY docker/environment pyproject.toml constraints.txt ./
+RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/venv --constraint constraints.txt \
+      --requirement pyproject.toml --extra cluster \
+    && echo /opt/steadyhelm/code >/opt/steadyhelm/venv/lib/python3.11/site-packages/code.pth
+
+FROM environment AS code
+COPY README.md LICENSE ./
+COPY system system
+COPY operators operators
+RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/code --no-deps .
+
+FROM ${BASE}
+RUN --mount=type=bind,source=docker/runtime,target=/build/runtime /build/runtime
+COPY --from=environment /opt/steadyhelm/venv /opt/steadyhelm/venv
+ENV PATH=/opt/steadyhelm/code/bin:/opt/steadyhelm/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+COPY workloads /opt/steadyhelm/workloads
+COPY --from=code /opt/steadyhelm/code /opt/steadyhelm/code
+ARG VERSION=0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="steadyhelm-reward" \
+      org.opencontainers.image.description="Steadyhelm: reward workers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
