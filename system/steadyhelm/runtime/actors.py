@@ -8,7 +8,7 @@ known what to build in them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import ray
@@ -94,7 +94,9 @@ class ScorerActor(_Host[Reward | Reference]):
         return await self._service.score(shard)
 
 
-def spawn(kind: type[_Host[Any]], name: str, *, cpus: float, gpus: float) -> ActorHandle:
+def spawn(
+    kind: type[_Host[Any]], name: str, *, cpus: float, gpus: float, resources: Mapping[str, float] | None = None
+) -> ActorHandle:
     """An actor of ``kind`` in a process of its own; it does no work before ``start``.
 
     Args:
@@ -102,6 +104,8 @@ def spawn(kind: type[_Host[Any]], name: str, *, cpus: float, gpus: float) -> Act
         name: for Ray's logs.
         cpus: CPUs that it reserves.
         gpus: GPUs that it reserves.
+        resources: what else it reserves, by Ray's names.
     """
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=64, max_restarts=0)(kind)
+    reserved = {"num_cpus": cpus, "num_gpus": gpus, "resources": dict(resources or {})}
+    remote = ray.remote(**reserved, max_concurrency=64, max_restarts=0)(kind)
     return remote.options(name=name).remote()

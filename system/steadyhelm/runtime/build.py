@@ -18,6 +18,7 @@ from steadyhelm.data.code_ref import call_code
 from steadyhelm.data.types import ObjectRef, PolicyVersion
 from steadyhelm.errors import ModelError
 from steadyhelm.models.folder import require_model_folder
+from steadyhelm.runtime.placement import HEAD, SMALL, place
 from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.folders import fetch_folder, put_folder
 from steadyhelm.store.layout import RunLayout
@@ -86,10 +87,10 @@ def model(place: RunPlace) -> tuple[ObjectRef, ...]:
         return put_folder(place.store, place.layout.start, folder)
 
 
-def in_a_process(function: Callable[[RunPlace], T], place: RunPlace) -> Awaitable[T]:
-    """``function(place)`` in a process of its own, which ends with it."""
-    remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)
-    call: Awaitable[T] = remote.remote(place)
+def in_a_process(function: Callable[[RunPlace], T], run: RunPlace) -> Awaitable[T]:
+    """``function(run)`` in a process of its own, which ends with it; on the head of a cluster with pools."""
+    remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1, resources=place(HEAD, SMALL))(function)
+    call: Awaitable[T] = remote.remote(run)
     return call
 
 

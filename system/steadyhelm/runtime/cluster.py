@@ -52,7 +52,7 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     """A Ray session for the run; a cluster that it starts itself is gone when the context ends.
 
     Args:
-        run: the run file; its name becomes the namespace's beginning.
+        run: the run file.
         address: of a cluster to join; empty starts one on this machine, whatever else runs here.
 
     Yields:
@@ -63,15 +63,16 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
     """
     variables = environment(run)
     os.environ.update(variables)
-    if not address:
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
+    # It only writes log lines, from an actor that may sit on a rollout's node and keep that from going.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address:
         _require_listener(address)
         # One try: Ray's own default asks a port that answers something else for a quarter of an hour.
         os.environ["RAY_gcs_server_port_wait_time_s"] = "1"  # noqa: SIM112 - Ray's own spelling
         try:
-            ray.init(address=address, namespace=run.name, runtime_env={"env_vars": variables}, log_to_driver=False)
+            # No namespace: Ray takes one of its own for each driver, so that two runs of one name do not meet.
+            ray.init(address=address, runtime_env={"env_vars": variables}, log_to_driver=False)
         except (ConnectionError, RuntimeError) as error:
             raise _no_cluster(address, error) from error
         try:

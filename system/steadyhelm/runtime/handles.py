@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import ObjectRef, Prompt, PromptId, ShardRecord, WeightsRecord
 from steadyhelm.runtime.actors import PromptsActor, RolloutActor, ScorerActor, spawn
 from steadyhelm.runtime.nodes import leaving_nodes
+from steadyhelm.runtime.placement import HEAD, actor_lacks, asked, place
 from steadyhelm.runtime.pool import Member, Pool
 from steadyhelm.runtime.routing import Work, marks
 from steadyhelm.services import EngineLoad, Served, ShardOrder
@@ -18,10 +20,13 @@ LEARNED = 0.2
 
 
 def _pool(run: RunFile, service: str, kind: Any, size: int, deadline_s: float, gpus: float, tell: EventSink) -> Pool:
-    """A pool with the run file's deadlines."""
+    """A pool with the run file's deadlines, in the cluster's pool of that name where it has pools."""
+    cpus = run.runtime.cpus_per_actor
+    resources = place(HEAD if service == "prompts" else service)
+    asks = asked(cpus, gpus, resources)
 
     def make(number: int) -> Any:
-        return spawn(kind, f"{service}-{number}", cpus=run.runtime.cpus_per_actor, gpus=gpus)
+        return spawn(kind, f"{service}-{number}", cpus=cpus, gpus=gpus, resources=resources)
 
     return Pool(
         service=service,
@@ -32,8 +37,9 @@ def _pool(run: RunFile, service: str, kind: Any, size: int, deadline_s: float, g
         drain_deadline_s=run.rollout.drain_deadline_s,
         notice_s=run.runtime.wait_notice_s,
         tell=tell,
-        needs=f"{run.runtime.cpus_per_actor:g} CPUs and {gpus:g} GPUs",
+        needs=f"{cpus:g} CPUs and {gpus:g} GPUs",
         closes=True,
+        lacks=partial(actor_lacks, asks=asks),
         leaving=leaving_nodes,
     )
 

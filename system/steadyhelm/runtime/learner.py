@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,12 +17,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
-from steadyhelm.errors import FatalError, LearnerLostError
+from steadyhelm.errors import DeadlineError, FatalError, LearnerLostError
 from steadyhelm.runtime import process_group
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.mailbox import Command, Mailbox, Outcome
+from steadyhelm.runtime.placement import HEAD, asked, place, ranks_lack, watched
 from steadyhelm.services import Served
-from steadyhelm.telemetry import EventSink, ServiceState
+from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
 RankFactory = Callable[[int, int], Any]
 """Builds the learner of (rank, world size) in the rank's process, inside an initialised process group."""
@@ -52,10 +54,11 @@ class LearnerGroup:
         self._over: asyncio.Future[BaseException | None] | None = None
         self._thread: threading.Thread | None = None
         self._joined = False
+        self._lacks = ""
 
     def launch(self) -> None:
         """Starts the group; ``ready`` awaits it. Must be called inside the event loop that will await it."""
-        self._mailbox = ray.remote(num_cpus=0, max_concurrency=64)(Mailbox).remote()
+        self._mailbox = ray.remote(num_cpus=0, max_concurrency=64, resources=place(HEAD))(Mailbox).remote()
         loop = asyncio.get_running_loop()
         over: asyncio.Future[BaseException | None] = loop.create_future()
         self._over = over
@@ -79,9 +82,28 @@ class LearnerGroup:
         Raises DeadlineError, FatalError, and what ``factory`` raises in a rank.
         """
         self._factory = factory
-        await self._await(self._mailbox.ready.remote(), "the learner group's start", self._run.runtime.start_deadline_s)
+        looks = asyncio.create_task(
+            watched(partial(ranks_lack, self._resources(), self._run.learner.replicas), self._say)
+        )
+        try:
+            deadline_s = self._run.runtime.start_deadline_s
+            await self._await(self._mailbox.ready.remote(), "the learner group's start", deadline_s)
+        except DeadlineError as error:
+            if not self._lacks:
+                raise
+            raise DeadlineError(f"{error} It finds no room: {self._lacks}.") from error
+        finally:
+            looks.cancel()
+            self._lacks = ""
         self._joined = True
         await self._build()
+
+    def _say(self, lacks: str) -> None:
+        """Tells what the group finds no room for, or that it has found some."""
+        self._lacks = lacks
+        self._tell(ServiceState(service="learner", state="starts", since_s=time.monotonic(), lacks=lacks))
+        text = f"the learner finds no room: {lacks}" if lacks else "the learner has room"
+        self._tell(Notice(text=text, level="warning" if lacks else "info"))
 
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """See ``services.Learner``."""
@@ -149,9 +171,13 @@ class LearnerGroup:
         error = self._over.result()
         raise FatalError(f"The learner group ended while it was waited for ({of}): {error}") from error
 
+    def _resources(self) -> dict[str, float]:
+        """What a rank reserves, by Ray's names."""
+        cpus = max(self._run.runtime.cpus_per_actor, 0.001)
+        return asked(cpus, self._run.runtime.gpus_per_learner, place("learner"))
+
     def _trainer(self) -> DataParallelTrainer:
         gpus = self._run.runtime.gpus_per_learner
-        resources = {"CPU": max(self._run.runtime.cpus_per_actor, 0.001)} | ({"GPU": gpus} if gpus else {})
         return DataParallelTrainer(
             _train,
             train_loop_config={
@@ -161,7 +187,7 @@ class LearnerGroup:
                 "step_deadline_s": self._run.runtime.step_deadline_s,
             },
             scaling_config=ScalingConfig(
-                num_workers=self._run.learner.replicas, use_gpu=gpus > 0, resources_per_worker=resources
+                num_workers=self._run.learner.replicas, use_gpu=gpus > 0, resources_per_worker=self._resources()
             ),
             backend_config=process_group.RanksConfig(),
             run_config=RunConfig(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -29,6 +29,7 @@ from steadyhelm.runtime.actors import Factory
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.load import LoadMeter
 from steadyhelm.runtime.nodes import POLL_S
+from steadyhelm.runtime.placement import watched
 from steadyhelm.runtime.routing import Candidate, Memory, Work, choose
 from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
@@ -63,6 +64,7 @@ class Member:
 
     ``number`` is its own for ever, ``slot`` the lowest that no other member has now: for what there is one of for each
     member, like a server's address. ``moved`` is True where its calls were taken from it because it was leaving.
+    ``lacks`` says what it finds no room for while it starts.
     """
 
     actor: ActorHandle
@@ -71,6 +73,7 @@ class Member:
     stage: Stage = Stage.STARTING
     node: str = ""
     moved: bool = False
+    lacks: str = ""
     doing: list[str] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
@@ -103,6 +106,7 @@ class Pool:
         needs: what a member reserves, for messages.
         closes: whether members have processes of their own to end first.
         by_slot: whether the factory takes the member's slot.
+        lacks: says what room an actor that is not placed does not find; None where nobody looks.
         leaving: says how many seconds nodes that are being drained have left, by id; None where nobody looks.
         end: kills an actor.
         replaced: how many members were lost and replaced.
@@ -123,6 +127,7 @@ class Pool:
     prepare: Callable[[Member], Awaitable[None]] | None = None
     closes: bool = False
     by_slot: bool = False
+    lacks: Callable[[ActorHandle], str] | None = None
     leaving: Callable[[], Mapping[str, float]] | None = None
     end: Callable[[ActorHandle], None] = ray.kill
     members: list[Member] = field(default_factory=list)
@@ -282,19 +287,43 @@ class Pool:
         there = member.stage is not Stage.GONE
         state = (member.doing[0] if member.doing else "waits for work") if there or member.doing else ""
         name = f"{self.service} {member.number}"
-        self.tell(ServiceState(service=name, state=state, since_s=time.monotonic(), waiting=not member.doing))
+        now_s = time.monotonic()
+        self.tell(ServiceState(service=name, state=state, since_s=now_s, waiting=not member.doing, lacks=member.lacks))
 
     async def _start(self, member: Member) -> None:
         """Returns when the member serves; what is put into all members meanwhile reaches it too."""
         assert self._factory is not None
         factory = partial(self._factory, member.slot) if self.by_slot else self._factory
         call = member.actor.start.remote(factory)
-        member.node = str(await self.ask(member, call, "start", self.start_deadline_s))
+        with self._placed(member):
+            member.node = str(await self.ask(member, call, "start", self.start_deadline_s))
         if self.prepare is not None:
             await self.prepare(member)
         if member.stage is Stage.STARTING:
             member.stage = Stage.SERVING  # before anything else can run, or it would miss the next weights
         await self._notify()
+
+    @contextlib.contextmanager
+    def _placed(self, member: Member) -> Iterator[None]:
+        """Tells meanwhile, and in a DeadlineError, what the member finds no room for."""
+
+        def say(lacks: str) -> None:
+            member.lacks = lacks
+            self._show(member)
+            text = f"{self.service} {member.number} finds no room: {lacks}" if lacks else f"{self.service} has room"
+            self.tell(Notice(text=text, level="warning" if lacks else "info"))
+
+        looks = asyncio.create_task(watched(partial(self.lacks, member.actor), say)) if self.lacks else None
+        try:
+            yield
+        except DeadlineError as error:
+            if not member.lacks:
+                raise
+            raise DeadlineError(f"{error} It finds no room: {member.lacks}.") from error
+        finally:
+            if looks is not None:
+                looks.cancel()
+            member.lacks = ""
 
     async def _join(self, member: Member) -> None:
         """Brings a new member to serve."""
