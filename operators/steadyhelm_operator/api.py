@@ -233,6 +233,8 @@ class Status(Resource):
     """Failed attempts in a row that did not get the run further; `failurePolicy.maxAttempts` ends it."""
     restarts: int = 0
     """Attempts in a row without progress that ended without success, counted or not; the wait grows with them."""
+    gave_up: bool = False
+    """Whether no further attempt is made; a changed run file, or suspending and resuming, allows new ones."""
     changes: int = 0
     """How often the run file or its code changed after the first attempt."""
     retry_at: str = ""
