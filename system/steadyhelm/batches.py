@@ -272,7 +272,7 @@ def drop_stale(manifest: BatchManifest, limit: int, groups: Mapping[PromptId, st
     stale = {
         groups[prompt_id]
         for shard in manifest.shards
-        for prompt_id, oldest in zip(shard.prompt_ids, _oldest(shard), strict=True)
+        for prompt_id, oldest in zip(shard.prompt_ids, shard.oldest_versions, strict=True)
         if oldest < least and manifest.outcomes[prompt_id] == TRAINED
     }
     outcomes = {
@@ -289,10 +289,6 @@ def drop_stale(manifest: BatchManifest, limit: int, groups: Mapping[PromptId, st
     dropped = float(sum(end == STALE for end in outcomes.values()))
     metrics = {**manifest.metrics, **_counts(outcomes), names.STALENESS_DROPPED: dropped}
     return replace(manifest, shards=shards, outcomes=outcomes, metrics=metrics)
-
-
-def _oldest(shard: ShardRecord) -> tuple[int, ...]:
-    return shard.oldest or (shard.min_version,) * len(shard.prompt_ids)
 
 
 def _counts(outcomes: Mapping[PromptId, str]) -> dict[str, float]:

@@ -214,6 +214,16 @@ class ShardRecord:
     valid: tuple[bool, ...] = ()
     oldest: tuple[int, ...] = ()
 
+    @property
+    def kept(self) -> tuple[bool, ...]:
+        """``valid`` of each trajectory; all of them are until rewarded."""
+        return self.valid or (True,) * len(self.prompt_ids)
+
+    @property
+    def oldest_versions(self) -> tuple[int, ...]:
+        """``oldest`` of each trajectory, also where the record leaves it out."""
+        return self.oldest or (self.min_version,) * len(self.prompt_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchManifest:

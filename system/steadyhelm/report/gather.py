@@ -88,7 +88,7 @@ def batch_samples(store: ObjectStore, run_file: RunFile, batch: BatchManifest, d
         return [_sample(store, batch.iteration, trajectories[0], decode, why="the first trace")] if trajectories else []
     total = np.concatenate([part.total for part in rewards])
     scored = np.concatenate([part.valid for part in rewards])
-    valid = scored & np.array([ok for shard in batch.shards for ok in shard.valid or (True,) * len(shard.prompt_ids)])
+    valid = scored & np.array([ok for shard in batch.shards for ok in shard.kept])
     names = list(rewards[0].components)
     parts = {name: np.concatenate([part.components[name] for part in rewards]) for name in names}
     details = [detail for part in rewards for detail in part.detail]

@@ -95,7 +95,7 @@ def _check_shards(manifest: BatchManifest) -> None:
             if prompt_id in held:
                 raise _broken(manifest, prompt_id, "is in its shards twice")
             held.add(prompt_id)
-            if not shard.valid or shard.valid[number]:
+            if shard.kept[number]:
                 valid.add(prompt_id)
     trained = {prompt_id for prompt_id, outcome in manifest.outcomes.items() if outcome == TRAINED}
     for prompt_id in sorted(trained - valid):

@@ -75,14 +75,15 @@ def read_batch(
     for shard in manifest.shards:
         rows = decode_rollout(data[shard.rollout])
         trajectories += rows
+        kept = np.array(shard.kept, np.bool_)  # the driver drops what is too old
         if with_rewards:
             found = decode_rewards(data[_needed(shard, "reward")])
             _check_length(shard, "rewards", len(found.total), len(rows))
             rewards.append(np.where(found.valid, found.total, np.float32(np.nan)))
-            scored.append(found.valid & _kept(shard))
+            scored.append(found.valid & kept)
         else:
             rewards.append(np.full(len(rows), np.nan, np.float32))
-            scored.append(_kept(shard))
+            scored.append(kept)
         if with_reference:
             scores = decode_reference(data[_needed(shard, "reference")])
             _check_length(shard, "reference log-probs", len(scores), len(rows))
@@ -145,11 +146,6 @@ def _needed(shard: ShardRecord, part: str) -> ObjectRef:
     if ref is None:
         raise DataError(f"shard {shard.rollout.key} has no {part} object: score it before the learner steps on it")
     return ref
-
-
-def _kept(shard: ShardRecord) -> NDArray[np.bool_]:
-    """Which rows the manifest says are trained on: the driver drops what is too old."""
-    return np.array(shard.valid or (True,) * len(shard.prompt_ids), np.bool_)
 
 
 def _check_length(shard: ShardRecord, what: str, found: int, wanted: int) -> None:
