@@ -10,6 +10,8 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from steadyhelm.data.types import WeightsRecord
+from steadyhelm.errors import CorruptObjectError
 from steadyhelm.weights.layout import Layout, flat_words
 
 DIGEST_BYTES = 16
@@ -32,6 +34,15 @@ def combined(layout: Layout, digests: bytes) -> str:
     """The set's checksum from its blocks' digests, one behind the other."""
     assert len(digests) == DIGEST_BYTES * len(layout.blocks)
     return xxhash.xxh3_128_hexdigest(layout.checksum.encode() + digests)
+
+
+def require_checksum(found: str, record: WeightsRecord) -> None:
+    """Raises CorruptObjectError where ``found`` is not the checksum of ``record``."""
+    if found != record.checksum:
+        raise CorruptObjectError(
+            f"weights {record.version} have checksum {found}, but their record says {record.checksum}: take another "
+            "version"
+        )
 
 
 def digest(views: Iterable[NDArray[Any]]) -> bytes:

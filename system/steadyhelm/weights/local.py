@@ -38,7 +38,7 @@ from steadyhelm.store import ObjectStore
 from steadyhelm.store.memory import SHARED, memory_folder
 from steadyhelm.store.records import dumps, from_json, loads, to_json
 from steadyhelm.weights import codec
-from steadyhelm.weights.checksum import combined, digest, in_threads, set_checksum
+from steadyhelm.weights.checksum import combined, digest, in_threads, require_checksum, set_checksum
 from steadyhelm.weights.layout import Block, Layout, flat_words
 from steadyhelm.weights.share import Share
 
@@ -145,12 +145,7 @@ class LocalWeights:
         except ValueError as error:
             raise CorruptObjectError(f"{path} is empty, but should hold weights {record.version}") from error
         tensors, _ = codec.decode(buffer, str(path), copy=False)
-        found = set_checksum(tensors, self._threads)
-        if found != record.checksum:
-            raise CorruptObjectError(
-                f"weights {record.version} have checksum {found}, but their record says {record.checksum}: take "
-                "another version"
-            )
+        require_checksum(set_checksum(tensors, self._threads), record)
         return MappedTensors(tensors, path, buffer)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from steadyhelm.store import ObjectStore
 from steadyhelm.store.records import from_json, to_json
 from steadyhelm.weights import blocks, codec
 from steadyhelm.weights.blocks import Models
-from steadyhelm.weights.checksum import combined, digest, in_threads
+from steadyhelm.weights.checksum import combined, digest, in_threads, require_checksum
 from steadyhelm.weights.delta import Delta, check_parts
 from steadyhelm.weights.entropy import ChangeModel
 from steadyhelm.weights.layout import Block, Layout, flat_words
@@ -201,11 +201,7 @@ class StoreWeights:
             work = [code for delta in deltas for code in _coded_blocks(delta, layout, to)]
             in_threads(lambda arguments: blocks.decode(flat, *arguments), work, self._threads)
         found = combined(layout, b"".join(in_threads(lambda b: digest(b.views(flat)), layout.blocks, self._threads)))
-        if found != record.checksum:
-            raise CorruptObjectError(
-                f"weights {record.version} have checksum {found}, but their record says {record.checksum}: take "
-                "another version"
-            )
+        require_checksum(found, record)
         return _Held(record=record, layout=layout, tensors=held.tensors)
 
 
