@@ -99,19 +99,26 @@ def process(tmp_path: Path) -> Process:
     return Process(tmp_path)
 
 
-@pytest.fixture
-async def engine(script: Script, process: Process, tiny_model: Path) -> AsyncIterator[ServedEngine]:
-    tensors = dict(load_model(tiny_model, dtype="float32").state_dict())
-    made = ServedEngine(
+def the_tensors(model: Path) -> dict[str, Any]:
+    return dict(load_model(model, dtype="float32").state_dict())
+
+
+def served(script: Script, process: Any, model: Path, tensors: dict[str, Any]) -> ServedEngine:
+    return ServedEngine(
         "http://127.0.0.1:9",
         process=process,
         dialect=script,
-        encoder=PromptEncoder(tiny_model, min_pixels=3136, max_pixels=100352),
-        layout=ModelLayout(tiny_model, dtype="float32"),
+        encoder=PromptEncoder(model, min_pixels=3136, max_pixels=100352),
+        layout=ModelLayout(model, dtype="float32"),
         version=FIRST,
         fetch=lambda _: tensors,
         deadline_s=5.0,
     )
+
+
+@pytest.fixture
+async def engine(script: Script, process: Process, tiny_model: Path) -> AsyncIterator[ServedEngine]:
+    made = served(script, process, tiny_model, the_tensors(tiny_model))
     yield made
     await made.close()
 
@@ -236,17 +243,8 @@ async def test_weights_are_written_once_under_the_names_of_model_folders(
 @pytest.fixture
 async def guest(script: Script, tiny_model: Path, tmp_path: Path) -> AsyncIterator[ServedEngine]:
     """An engine over a server that somebody else runs."""
-    tensors = dict(load_model(tiny_model, dtype="float32").state_dict())
-    made = ServedEngine(
-        "http://127.0.0.1:9",
-        process=Guest(key="", folder=tmp_path, first=lambda: tensors),
-        dialect=script,
-        encoder=PromptEncoder(tiny_model, min_pixels=3136, max_pixels=100352),
-        layout=ModelLayout(tiny_model, dtype="float32"),
-        version=FIRST,
-        fetch=lambda _: tensors,
-        deadline_s=5.0,
-    )
+    tensors = the_tensors(tiny_model)
+    made = served(script, Guest(key="", folder=tmp_path, first=lambda: tensors), tiny_model, tensors)
     yield made
     await made.close()
 

@@ -33,7 +33,7 @@ from steadyhelm.data.types import (
     WeightsRecord,
 )
 from steadyhelm.engines.http import EngineServer
-from steadyhelm.engines.process import EngineProcess, Plan
+from steadyhelm.engines.process import EngineProcess
 from steadyhelm.errors import (
     DataError,
     DeadlineError,
@@ -54,6 +54,10 @@ WeightsFetch = Callable[[WeightsRecord], Mapping[str, torch.Tensor]]
 
 LOST_LOGPROB = -9000.0
 """Servers send −9999 in place of a log-prob that is not a number or infinite."""
+EXCLUDED = -1.0e30
+"""Logit bias of tokens that are not sampled: exp of it is 0 in every float type, and JSON has no −∞."""
+FINISH: Mapping[str, FinishReason] = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+"""What servers call the ends of completions; any other is an abort."""
 KEPT_IMAGES = 256
 """Images whose encoded form is kept: those of the prompts that are sampled at one time."""
 
@@ -200,32 +204,6 @@ class ServedEngine:
         self._idle.set()
         self._draining = False
         self._image = lru_cache(KEPT_IMAGES)(self._data_url)
-
-    @classmethod
-    def start(
-        cls,
-        plan: Plan,
-        *,
-        dialect: Dialect,
-        encoder: PromptEncoder,
-        layout: ModelLayout,
-        version: PolicyVersion,
-        fetch: WeightsFetch,
-        deadline_s: float,
-        start_deadline_s: float,
-    ) -> ServedEngine:
-        """The engine over a server of its own, started as ``plan`` says; see ``EngineProcess.start`` for the errors."""
-        process = EngineProcess.start(plan, deadline_s=start_deadline_s, scratch_bytes=layout.num_bytes)
-        return cls(
-            process.url,
-            process=process,
-            dialect=dialect,
-            encoder=encoder,
-            layout=layout,
-            version=version,
-            fetch=fetch,
-            deadline_s=deadline_s,
-        )
 
     @property
     def version(self) -> PolicyVersion:

@@ -14,14 +14,11 @@ from steadyhelm.data.types import FinishReason
 from steadyhelm.engines.http import EngineServer
 from steadyhelm.engines.process import HOST, Launch, Plan
 from steadyhelm.errors import ConfigError, DataError, DeadlineError, EngineLostError
-from steadyhelm.services.rollout.served import Answer, Ask, ServerSpec
+from steadyhelm.services.rollout.served import EXCLUDED, FINISH, Answer, Ask, ServerSpec
 from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged
 
-EXCLUDED = -1.0e30
-"""Logit bias of tokens that are not sampled: exp of it is 0 in every float type, and JSON has no −∞."""
 CPU_CACHE_TOKENS = 1 << 16
 """Tokens in the cache of keys and values on a CPU, where SGLang would else take most of the machine's memory."""
-_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 def sglang_plan(spec: ServerSpec) -> Plan:
@@ -178,7 +175,7 @@ def _answer(found: Mapping[str, Any], ask: Ask) -> Answer:
         tokens=[token for _, token, _ in drawn],
         logprobs=[float("nan") if logprob is None else logprob for logprob, _, _ in drawn],
         spans=tuple((span["version"], span["start"], span["end"]) for span in about.get("weight_versions") or ()),
-        finish=_FINISH.get(end["type"], FinishReason.ABORT),
+        finish=FINISH.get(end["type"], FinishReason.ABORT),
         prompt_length=about["prompt_tokens"],
     )
 

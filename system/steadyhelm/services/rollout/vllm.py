@@ -11,12 +11,8 @@ from steadyhelm.data.types import FinishReason
 from steadyhelm.engines.http import EngineServer
 from steadyhelm.engines.process import HOST, Launch, Plan
 from steadyhelm.errors import EngineLostError
-from steadyhelm.services.rollout.served import Answer, Ask, ServerSpec
+from steadyhelm.services.rollout.served import EXCLUDED, FINISH, Answer, Ask, ServerSpec
 from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged
-
-EXCLUDED = -1.0e30
-"""Logit bias of tokens that are not sampled: exp of it is 0 in every float type, and JSON has no −∞."""
-_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 def vllm_plan(spec: ServerSpec) -> Plan:
@@ -98,7 +94,7 @@ class VllmDialect:
             tokens=choice["token_ids"] or [],
             logprobs=[item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
             spans=tuple((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
-            finish=_FINISH.get(choice["finish_reason"], FinishReason.ABORT),
+            finish=FINISH.get(choice["finish_reason"], FinishReason.ABORT),
             prompt_length=found["usage"]["prompt_tokens"],
         )
 

@@ -31,13 +31,13 @@ from steadyhelm.data.types import (
     WeightsRecord,
 )
 from steadyhelm.engines.environment import engine_python
-from steadyhelm.engines.process import Plan
+from steadyhelm.engines.process import EngineProcess, Plan
 from steadyhelm.errors import ConfigError, DataError, RetryableError
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
 from steadyhelm.models.load import DTYPES, load_model
 from steadyhelm.services import RolloutEngine, Served, ShardOrder
-from steadyhelm.services.rollout.served import Dialect, Guest, ServedEngine, ServerSpec
+from steadyhelm.services.rollout.served import Dialect, Guest, ServedEngine, ServerSpec, WeightsFetch
 from steadyhelm.services.rollout.sglang import SglangDialect, sglang_plan
 from steadyhelm.services.rollout.shards import adopt_shard, put_shard
 from steadyhelm.services.rollout.transformers import TransformersEngine
@@ -121,34 +121,37 @@ def make_engine(spec: RolloutSpec, encoder: PromptEncoder, store: ObjectStore) -
                 device=spec.device,
             )
             return TransformersEngine(model, encoder, batch=engine.batch, version=spec.version, fetch=fetch)
-        case "vllm" | "sglang" as kind:
-            dialect, plan = SERVERS[kind]
-            return ServedEngine.start(
-                plan(_server_spec(spec, engine, encoder)),
-                dialect=dialect(),
-                encoder=encoder,
-                layout=_layout(spec),
-                version=spec.version,
-                fetch=fetch,
-                deadline_s=spec.rollout.deadline_s,
-                start_deadline_s=engine.start_deadline_s,
-            )
-        case "external":
-            dialect, _ = SERVERS[engine.server]
-            return ServedEngine(
-                engine.urls[spec.slot],
-                process=_guest(spec, engine),
-                dialect=dialect(),
-                encoder=encoder,
-                layout=_layout(spec),
-                version=spec.version,
-                fetch=fetch,
-                deadline_s=spec.rollout.deadline_s,
-            )
+        case "vllm" | "sglang" | "external":
+            return _served(spec, engine, encoder, fetch)
 
 
-def _layout(spec: RolloutSpec) -> ModelLayout:
-    return ModelLayout(spec.folder, dtype=spec.model.dtype, trust_remote_code=spec.model.trust_remote_code)
+def _served(
+    spec: RolloutSpec, engine: VllmEngine | SglangEngine | ExternalEngine, encoder: PromptEncoder, fetch: WeightsFetch
+) -> ServedEngine:
+    """The engine over the run file's server, which is started first where it is ours."""
+    layout = ModelLayout(spec.folder, dtype=spec.model.dtype, trust_remote_code=spec.model.trust_remote_code)
+    process: EngineProcess | Guest
+    if isinstance(engine, ExternalEngine):
+        dialect, _ = SERVERS[engine.server]
+        url, process = engine.urls[spec.slot], _guest(spec, engine)
+    else:
+        dialect, plan = SERVERS[engine.type]
+        process = EngineProcess.start(
+            plan(_server_spec(spec, engine, encoder)),
+            deadline_s=engine.start_deadline_s,
+            scratch_bytes=layout.num_bytes,
+        )
+        url = process.url
+    return ServedEngine(
+        url,
+        process=process,
+        dialect=dialect(),
+        encoder=encoder,
+        layout=layout,
+        version=spec.version,
+        fetch=fetch,
+        deadline_s=spec.rollout.deadline_s,
+    )
 
 
 def _guest(spec: RolloutSpec, engine: ExternalEngine) -> Guest:
