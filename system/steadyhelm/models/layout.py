@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from steadyhelm.data.types import PolicyVersion
 from steadyhelm.errors import ModelError
@@ -98,10 +97,9 @@ def _names_in(folder: Path) -> set[str]:
     names: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                names |= json.loads(file.read(length)).keys()
-        except (OSError, struct.error, ValueError) as error:
+            with safe_open(path, framework="numpy") as opened:
+                names |= set(opened.keys())
+        except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be read ({error}): save the model again") from error
     return names
 

@@ -15,7 +15,7 @@ import torch
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ImageKey, ObjectRef, PolicyVersion, WeightsRecord
 from steadyhelm.models.encoder import PromptEncoder
-from steadyhelm.models.load import load_model
+from steadyhelm.models.load import DTYPES, load_model
 from steadyhelm.models.logprobs import LOGIT_BYTES, CompletionScorer
 from steadyhelm.services import Served
 from steadyhelm.services.learner import checkpoint, collectives
@@ -34,7 +34,6 @@ from steadyhelm.weights.transports import make_sync
 
 T = TypeVar("T")
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".h5", ".msgpack")
 
 
@@ -87,7 +86,7 @@ class LearnerRank:
         )
         self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype, exact_stage=spec.exact_stage)
         self._training = Training(self._engine, self._encoder, run)
-        dtype = _DTYPES[run.model.dtype]
+        dtype = DTYPES[run.model.dtype]
         self._share = Share(layout=self._engine.layout(dtype), index=rank, count=world_size, exchange=_exchange)
         self._weights = make_sync(run.weights, self._store, dtype=dtype, threads=run.runtime.threads, share=self._share)
         self._pristine = True
@@ -168,7 +167,7 @@ class LearnerRank:
 
     def _whole_weights(self, names: Container[str]) -> dict[str, torch.Tensor]:
         """Those of the policy's weights, by the model's names; all ranks call it together."""
-        weights = self._engine.weights(_DTYPES[self._spec.run.model.dtype], names)
+        weights = self._engine.weights(DTYPES[self._spec.run.model.dtype], names)
         # Under ZeRO-3 a gathered tensor is only lent
         lent = self._engine.stage == 3
         return {name: tensor.cpu().clone() if lent else tensor.cpu() for name, tensor in weights}
