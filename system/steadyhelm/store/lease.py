@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steadyhelm.errors import FatalError, ObjectExistsError, ObjectMissingError, StoreError
@@ -136,9 +136,14 @@ class _Lease:
         return json.dumps(self.mine).encode()
 
 
+def signature(owner: Mapping[str, Any]) -> str:
+    """The process in an owner's own words, for messages. Raises KeyError where they are not all there."""
+    return f"pid {owner['pid']} on {owner['host']}, since {owner['since']}"
+
+
 def _lapses(lease: _Lease, found: dict[str, Any], tell: EventSink, lapse_s: float) -> bool:
     """Watches the lease; True where it stands still for ``lapse_s``, False where it is gone. Raises FatalError."""
-    holder = f"pid {found['pid']} on {found['host']}, since {found['since']}"
+    holder = signature(found)
     tell(
         Notice(text=f"Run {lease.run} was driven by {holder}: waits up to {lapse_s:.0f} s to see whether it still is.")
     )

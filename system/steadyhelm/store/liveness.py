@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from steadyhelm.errors import FatalError, StoreError
 from steadyhelm.store import LocalStore, ObjectStore
 from steadyhelm.store.layout import RunLayout
-from steadyhelm.store.lease import LAPSE_S, leased, present_lease
+from steadyhelm.store.lease import LAPSE_S, leased, present_lease, signature
 from steadyhelm.store.local import remedy
 from steadyhelm.telemetry import EventSink
 
@@ -118,7 +118,7 @@ class DriverWatch:
         found, now = present_lease(self._store, self._run), self._clock()
         if found is None:
             return Pulse(alive=False)
-        holder = f"pid {found['pid']} on {found['host']}, since {found['since']}"
+        holder = signature(found)
         if found != self._lease:
             self._changed = self._lease is not None
             self._lease, self._since = found, now
@@ -156,7 +156,6 @@ def _sign(descriptor: int, place: str) -> None:
 
 def _signature(descriptor: int) -> str:
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-        return f"pid {owner['pid']} on {owner['host']}, since {owner['since']}"
+        return signature(json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, KeyError, TypeError):
         return "a process that is just starting"
