@@ -38,7 +38,6 @@ def _pool(run: RunFile, service: str, kind: Any, size: int, deadline_s: float, g
         notice_s=run.runtime.wait_notice_s,
         tell=tell,
         needs=f"{cpus:g} CPUs and {gpus:g} GPUs",
-        closes=True,
         lacks=partial(actor_lacks, asks=asks),
         leaving=leaving_nodes,
     )

@@ -104,7 +104,6 @@ class Pool:
         retry_s: seconds from a member that could not be placed to the next try.
         tell: takes events for the user.
         needs: what a member reserves, for messages.
-        closes: whether members have processes of their own to end first.
         by_slot: whether the factory takes the member's slot.
         lacks: says what room an actor that is not placed does not find; None where nobody looks.
         leaving: says how many seconds nodes that are being drained have left, by id; None where nobody looks.
@@ -125,7 +124,6 @@ class Pool:
     retry_s: float = RETRY_S
     needs: str = "nothing"
     prepare: Callable[[Member], Awaitable[None]] | None = None
-    closes: bool = False
     by_slot: bool = False
     lacks: Callable[[ActorHandle], str] | None = None
     leaving: Callable[[], Mapping[str, float]] | None = None
@@ -470,7 +468,7 @@ class Pool:
         """Ends a member, its own processes first where it is idle; a busy one is killed with them."""
         leaves = member.stage
         member.stage = Stage.GONE
-        if self.closes and leaves in (Stage.SERVING, Stage.DRAINING) and not member.works:
+        if leaves in (Stage.SERVING, Stage.DRAINING) and not member.works:
             with contextlib.suppress(SteadyhelmError):
                 await self.ask(member, member.actor.close.remote(), "end", CLOSE_S)
         self._remove(member)

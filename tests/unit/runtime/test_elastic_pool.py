@@ -41,7 +41,7 @@ class Fleet:
     def __init__(self, size: int, factory: Callable[[], Any] = Worker, **more: Any) -> None:
         self.cluster = Cluster()
         self.told: list[str] = []
-        settings = {"start_deadline_s": 30.0, "call_deadline_s": 30.0, "notice_s": 30.0, "closes": True} | more
+        settings = {"start_deadline_s": 30.0, "call_deadline_s": 30.0, "notice_s": 30.0} | more
         self.pool = Pool(
             service="worker",
             spawn=self.cluster.spawn,

@@ -143,7 +143,6 @@ async def test_an_error_of_the_service_arrives_as_it_is_and_costs_no_member():
 
 async def test_members_added_killed_and_drained_in_the_middle_of_work_leave_no_call_unanswered():
     pool, told = make(1)
-    pool.closes = True
     await pool.ready(Worker)
 
     def nap(number: int) -> asyncio.Task[tuple[str, int]]:
