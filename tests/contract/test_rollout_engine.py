@@ -446,7 +446,7 @@ async def across(
     async def stream(name: int) -> None:
         nonlocal swap
         for turn in itertools.count():
-            requests = [ask(f"{name}:{8 * turn + n}", n) for n in range(8)]
+            requests = [ask(f"{name}:{8 * turn + n}", 8 * (2 * turn + name) + n) for n in range(8)]
             try:
                 async for completion in subject.engine.generate(requests, Sampling(max_new_tokens=600)):
                     done.append(completion)
@@ -459,6 +459,7 @@ async def across(
     await asyncio.gather(stream(0), stream(1))
     assert swap is not None
     await swap
+    assert subject.engine.version == record.version
     return done, sent_back
 
 
@@ -467,7 +468,7 @@ async def test_weights_that_come_in_flight_serve_from_the_next_token_on(subject:
     requests: dict[str, EngineRequest] = {}
 
     def ask(name: str, n: int) -> EngineRequest:
-        return requests.setdefault(name, subject.request(name, TEXTS[n % 4], images=(n,), seed=len(requests)))
+        return requests.setdefault(name, subject.request(name, TEXTS[n % 4], images=(n % 8,), seed=n))
 
     done, sent_back = await across(subject, record, ask)
     assert not sent_back
@@ -486,7 +487,7 @@ async def test_weights_that_come_in_flight_serve_from_the_next_token_on(subject:
 async def test_weights_of_another_attempt_in_flight_send_the_requests_back(subject: Subject) -> None:
     record = subject.record(PolicyVersion(iteration=5, attempt=3))
     done, sent_back = await across(subject, record, lambda name, n: subject.request(name, TEXTS[0], seed=n))
-    assert sent_back
+    assert sent_back, [(completion.prompt_id, len(completion.tokens), completion.attempt) for completion in done]
     assert all("attempt" in str(error) for error in sent_back)
     for completion in done:
         assert (completion.attempt, set(completion.versions.tolist())) in [(2, {4}), (3, {5})]
@@ -565,20 +566,18 @@ async def test_a_server_sees_images_of_any_size_mode_and_orientation_as_the_trai
 async def test_a_server_samples_behind_an_update_in_flight_as_if_the_new_weights_had_read_it_all(
     served: ServedSubject,
 ) -> None:
-    requests = [served.request(f"0:{n}", TEXTS[n % 4], images=(n,), seed=n) for n in range(6)]
-    record = served.record(PolicyVersion(iteration=5, attempt=2))
-    work = asyncio.create_task(answers(served, requests, Sampling(max_new_tokens=400)))
-    await asyncio.sleep(0)
-    await answers(served, several(served, 3), Sampling(max_new_tokens=24))  # behind the others, and done before them
-    await served.engine.apply_weights(record)
-    found = (await work).values()
-    crossed = [completion for completion in found if set(completion.versions.tolist()) == {4, 5}]
-    assert crossed
+    requests: dict[str, EngineRequest] = {}
+
+    def ask(name: str, n: int) -> EngineRequest:
+        return requests.setdefault(name, served.request(name, TEXTS[n % 4], images=(n % 8,), seed=n))
+
+    done, _ = await across(served, served.record(PolicyVersion(iteration=5, attempt=2)), ask)
+    crossed = [completion for completion in done if set(completion.versions.tolist()) == {4, 5}]
+    assert crossed, [(completion.prompt_id, set(completion.versions.tolist())) for completion in done]
     for completion in crossed:
         old = int((completion.versions == 4).sum())
-        request = next(request for request in requests if request.prompt_id == completion.prompt_id)
         for version, part in ((0, slice(0, old)), (1, slice(old, None))):
-            expected = served.logprobs(version, request, completion.tokens)
+            expected = served.logprobs(version, requests[completion.prompt_id], completion.tokens)
             np.testing.assert_allclose(completion.logprobs[part], expected[part], rtol=0, atol=1e-4)
 
 

@@ -109,7 +109,7 @@ class EngineServer:
         if answer.status >= 500:
             why = f"{path} failed with status {answer.status}: {text}"
             if path == HEALTH or not await self._serves():
-                raise self.lose(why)
+                raise self.lose(why + await self._last_words())
             raise RetryableError(f"The engine server at {self.url} serves, but {why}: asked again", delay_s=0.5)
         raise DataError(f"The engine server at {self.url} refuses a request to {path} ({answer.status}): {text}")
 
@@ -140,6 +140,12 @@ class EngineServer:
         except EngineLostError:
             return False
         return True
+
+    async def _last_words(self) -> str:
+        """The end of the log of a server whose process ends within ``WATCH_S``, as one that failed inside does."""
+        if self._ended is None or not await self._is_gone():
+            return ""
+        return f"; its process ended; the end of its log:\n{self._ended.result()}"
 
     async def _is_gone(self) -> bool:
         """Whether nobody listens at the server's address, or its process has ended."""
