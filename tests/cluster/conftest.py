@@ -1,0 +1,96 @@
+"""The Kubernetes of these tests, KubeRay or its stand-in on it, and the programs that they take."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.api import Api
+from tests.cluster.kubernetes import Kubernetes
+from tests.cluster.node.machine import NoNodeError, node
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY_CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
+
+
+def _fetched(script: str) -> Path:
+    done = subprocess.run([ROOT / ".ci" / script], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Path(done.stdout.strip())
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
+    """The cluster that KUBECONFIG names; else a node of this machine's own, for as long as the tests run."""
+    folder = tmp_path_factory.mktemp("kubernetes")
+    programs = {"helm": _fetched("helm")}
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("KUBECONFIG"):
+            kubeconfig, inside = os.environ["KUBECONFIG"], ()
+            programs["kubectl"] = Path(
+                shutil.which("kubectl") or pytest.skip("KUBECONFIG is set, and there is no kubectl")
+            )
+        else:
+            built = _fetched("kubernetes")
+            try:
+                own = stack.enter_context(node(built, _fetched("node-images")))
+            except NoNodeError as error:
+                pytest.skip(str(error))
+            kubeconfig, inside = str(own.kubeconfig), own.inside
+            programs["kubectl"] = built / "kubectl"
+        proxy = folder / "api"
+        found = Kubernetes(api=Api(proxy), kubeconfig=kubeconfig, inside=inside, folder=folder, programs=programs)
+        serve = found.command("kubectl", "proxy", f"--unix-socket={proxy}")
+        stack.enter_context(_ended(subprocess.Popen(serve, env=found.environment, stdout=subprocess.DEVNULL)))
+        found.until(proxy.exists, "kubectl proxy listens", seconds=30)
+        yield found
+
+
+@pytest.fixture(scope="session")
+def kuberay(kubernetes: Kubernetes) -> Iterator[str]:
+    """``kuberay`` where the cluster has it, else our stand-in: who turns RayClusters into pods here."""
+    selector = {"app.kubernetes.io/name": "kuberay-operator"}
+    if kubernetes.api.items("/apis/apps/v1/deployments", **selector):
+        yield "kuberay"
+        return
+    if kubernetes.api.get(RAY_CRD) is None:
+        folder = Path(os.environ.get("STEADYHELM_KUBERAY_CRDS", Path(__file__).parent / "stand_in"))
+        kubernetes.run("kubectl", "create", "-f", folder / "ray.io_rayclusters.yaml")
+    kubernetes.run("kubectl", "wait", "--for=condition=Established", "crd/rayclusters.ray.io", "--timeout=30s")
+    log = (kubernetes.folder / "stand_in.log").open("wb")
+    command = [sys.executable, "-m", "tests.cluster.stand_in", str(kubernetes.api.proxy)]
+    with log, _ended(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)):
+        yield "stand-in"
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, object]:
+    """Values of the cluster's chart by which pods find images: the node's own, or those of STEADYHELM_TEST_VALUES."""
+    if os.environ.get("KUBECONFIG"):
+        file = os.environ.get("STEADYHELM_TEST_VALUES")
+        if file is None:
+            pytest.skip("STEADYHELM_TEST_VALUES names no file with values by which this cluster finds the images")
+        found: dict[str, object] = yaml.safe_load(Path(file).read_text())
+        return found
+    return {"image": {"registry": "localhost"}, "s3": {"embedded": {"image": "localhost/steadyhelm-s3:1"}}}
