@@ -13,11 +13,13 @@ import shlex
 import sys
 import traceback
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from steadyhelm import cli_jobs
+from steadyhelm.cli_options import AcceptChanges, Debug, LogFormat, Logs, Quiet, RunId, RunPath, Sets, TakeOver
 
 if TYPE_CHECKING:
     from steadyhelm.config import RunFile
@@ -35,37 +37,15 @@ app = typer.Typer(
 )
 
 
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    HUMAN = "human"
-    JSON = "json"
-
-
-RunPath = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (YAML).", show_default=False)]
 RunPlace = Annotated[
     str,
     typer.Argument(
         metavar="RUN", help="A run's place, <store>/<run>: a folder or an s3:// URI, as 'steadyhelm run' shows it."
     ),
 ]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Replaces a value of the run file, e.g. learner.lr=1e-5; repeatable."
-    ),
-]
-RunId = Annotated[str, typer.Option("--id", help="Id of the run in the store; default: its name and engine.")]
 New = Annotated[bool, typer.Option("--new", help="Start a new run, under the first free <id>-<n>.")]
 ResumeLast = Annotated[bool, typer.Option("--resume-last", help="Go on with the newest run of this id.")]
-TakeOver = Annotated[bool, typer.Option("--take-over", help="Go on although another driver seems alive; it is fenced.")]
-AcceptChanges = Annotated[
-    bool, typer.Option("--accept-changes", help="Go on although the run file differs from the run's.")
-]
 Address = Annotated[str, typer.Option(help="Ray cluster to join; default: one of the run's own on this machine.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
-Logs = Annotated[LogFormat, typer.Option("--log-format", help="Log lines on stderr, for people or as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show debug lines, and the traceback of an error.")]
 
 
 def start(
@@ -293,6 +273,9 @@ def version() -> None:
     from steadyhelm import __version__
 
     typer.echo(__version__)
+
+
+cli_jobs.add_to(app)
 
 
 def _load(file: Path, sets: list[str] | None) -> RunFile:

@@ -65,14 +65,9 @@ class RunOptions:
     command: str = "steadyhelm run FILE"
 
 
-def default_run_id(run: RunFile) -> str:
-    """Id of the run that ``run`` starts where none is given: its name, with the engine's type where there is one."""
-    return run.name if run.is_sft else f"{run.name}-{run.rollout.engine.type}"
-
-
 def choose_run_id(run: RunFile, store: ObjectStore, options: RunOptions) -> str:
     """The id that ``options`` ask for. Raises ConfigError where there is no run to resume."""
-    base = options.run_id or default_run_id(run)
+    base = options.run_id or run.default_id
     if not (options.new or options.resume_last):
         return base
     taken = [base] if store.exists(RunLayout(base).run_file) else []

@@ -267,6 +267,11 @@ class RunFile(Part):
         return isinstance(self.algorithm, Sft)
 
     @property
+    def default_id(self) -> str:
+        """Id of the run where none is given: its name, with the engine's type where there is one."""
+        return self.name if self.is_sft else f"{self.name}-{self.rollout.engine.type}"
+
+    @property
     def objective(self) -> PolicyGradient:
         """The policy-gradient objective, ``algorithm.correction.mode`` without ``auto``.
 

@@ -12,6 +12,7 @@ from steadyhelm.telemetry.events import (
     Notice,
     RunStarted,
     ServiceState,
+    event_of,
     log_event,
 )
 from steadyhelm.telemetry.logs import configure
@@ -32,6 +33,7 @@ __all__ = [
     "collect",
     "configure",
     "covered_s",
+    "event_of",
     "join_segments",
     "log_event",
     "metrics",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,21 @@ Event = RunStarted | ServiceState | IterationDone | EvalDone | Notice
 EventSink = Callable[[Event], None]
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+_KINDS = {kind.__name__: kind for kind in (RunStarted, ServiceState, IterationDone, EvalDone)}
+
+
+def event_of(line: Mapping[str, Any]) -> Event | None:
+    """The event that ``log_event`` wrote as ``line`` of a JSON log; None for another line."""
+    if line.get("event") == "Notice":
+        level = line.get("level")
+        return Notice(text=str(line.get("message")), level=level if level in _LEVELS else "info")
+    kind = _KINDS.get(str(line.get("event")))
+    if kind is None:
+        return None
+    names = {field.name: "run_id" if field.name == "run" else field.name for field in fields(kind)}
+    return kind(**{name: line[key] for name, key in names.items() if key in line})
 
 
 def log_event(event: Event) -> None:

@@ -18,7 +18,7 @@ TOKEN = "canary-token-0123456789"
 
 @dataclass
 class FakeCluster:
-    """What the server knows. ``broken`` answers a request in its own way where it returns True."""
+    """What the server knows. ``broken`` answers a request itself where it returns True; ``run`` is what a job does."""
 
     token: str = ""
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -28,6 +28,7 @@ class FakeCluster:
     broken: Callable[[BaseHTTPRequestHandler], bool] = lambda handler: False
     cut_tail_after: list[int] = field(default_factory=list)
     ping: bool = False
+    run: Callable[[str], None] = lambda submission_id: None
     address: str = ""
 
     def add(self, submission_id: str, status: str = "RUNNING", **more: Any) -> None:
@@ -83,6 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, [*cluster.jobs.values(), driver])
         elif (method, self.path) == ("POST", "/api/jobs/"):
             self.submit(json.loads(body))
+        elif not self.path.startswith("/api/jobs/"):
+            self.answer(404, "Not Found")
         else:
             self.job(method, *([*self.path.split("/", 4)[3:], ""])[:2])
 
@@ -98,6 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(500, text)
             return
         self.cluster.add(found, "PENDING", **{k: request[k] for k in ("entrypoint", "metadata", "runtime_env")})
+        self.cluster.run(found)
         self.answer(200, {"job_id": found, "submission_id": found})
 
     def job(self, method: str, found: str, what: str) -> None:

@@ -165,6 +165,11 @@ class TestFollowing:
 
     LOG = "".join(f"line {n}\n" for n in range(40)) + "ä" * 70_000
 
+    @pytest.fixture(autouse=True)
+    def short_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("steadyhelm.jobs.client.FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr("steadyhelm.jobs.client.LONGEST_PAUSE_S", 0.05)
+
     def test_a_log_is_read_to_the_job_s_end(self, cluster: FakeCluster):
         cluster.add("a.1")
         cluster.ping = True

@@ -1,0 +1,141 @@
+"""The way to a cluster inside Kubernetes: its token and a port-forward, by ``kubectl`` and the user's own rights."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from steadyhelm.errors import ConfigError, UnreachableError
+
+ASK_S = 30.0
+"""How long kubectl may take to answer, and a port-forward to listen."""
+AGAIN_S = 1.0
+"""Seconds before a port-forward that ended is begun again."""
+
+
+def kubectl(namespace: str) -> list[str]:
+    """The beginning of a kubectl command; an empty namespace is the context's. Raises ConfigError without kubectl."""
+    found = shutil.which("kubectl")
+    if found is None:
+        raise ConfigError("there is no kubectl on the PATH, and --release asks it: install it, or give --address")
+    return [found, *(["--namespace", namespace] if namespace else [])]
+
+
+def secret_token(release: str, namespace: str = "") -> str:
+    """The Ray API's token of a release of the cluster chart; empty where it has none, as it asks for none.
+
+    Raises UnreachableError with kubectl's own words.
+    """
+    command = [*kubectl(namespace), "get", "secret", release, "--output", "jsonpath={.data.auth_token}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UnreachableError(f"kubectl does not answer within {ASK_S:g} s: see whether the cluster is up") from error
+    if done.returncode == 0:
+        return base64.b64decode(done.stdout).decode().strip()
+    if "NotFound" in done.stderr:
+        return ""
+    raise UnreachableError(f"kubectl cannot read the secret {release!r}: {_last(done.stderr)}")
+
+
+class PortForward:
+    """Ports of a release's head as ports of this machine while the context lasts; begun again where it breaks.
+
+    Args:
+        release: name of the release, or of the RayCluster.
+        namespace: where; empty is the context's.
+        ports: the head's ports.
+
+    ``local`` says which port of 127.0.0.1 is which of these. Raises UnreachableError where none comes about.
+    """
+
+    def __init__(self, release: str, namespace: str = "", ports: Sequence[int] = (8265, 8266)) -> None:
+        self.local: Mapping[int, int] = dict(zip(ports, _free_ports(len(ports)), strict=True))
+        pairs = [f"{here}:{there}" for there, here in self.local.items()]
+        self._command = [
+            *kubectl(namespace),
+            "port-forward",
+            "--address",
+            "127.0.0.1",
+            f"svc/{release}-head-svc",
+            *pairs,
+        ]
+        self._over = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self._keeper = threading.Thread(target=self._keep, name="port-forward", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._keeper.start()
+        ends = time.monotonic() + ASK_S
+        while not self._listens():
+            words = self._said()
+            if words or time.monotonic() > ends:
+                self.close()
+                raise UnreachableError(f"kubectl cannot forward ports: {words or f'nothing within {ASK_S:g} s'}")
+            time.sleep(0.05)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the port-forward."""
+        self._over.set()
+        if self._process is not None:
+            self._process.terminate()
+        self._keeper.join(ASK_S)
+        self._words.close()
+
+    def _keep(self) -> None:
+        """Has the port-forward run until it is over."""
+        while not self._over.is_set():
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._words,
+                start_new_session=True,  # Ctrl-C is for whoever listens here
+            )
+            if self._over.is_set():
+                self._process.terminate()
+            self._process.wait()
+            self._over.wait(AGAIN_S)
+
+    def _listens(self) -> bool:
+        try:
+            for port in self.local.values():
+                socket.create_connection(("127.0.0.1", port), 1.0).close()
+        except OSError:
+            return False
+        return True
+
+    def _said(self) -> str:
+        """The last of kubectl's words where it has ended already."""
+        if self._process is None or self._process.poll() is None:
+            return ""
+        self._words.seek(0)
+        return _last(self._words.read().decode("utf-8", "replace"))
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [free.getsockname()[1] for free in sockets]
+    finally:
+        for free in sockets:
+            free.close()
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["it says nothing"])[-1]
