@@ -1,5 +1,9 @@
-"""A small real run: the tiny Qwen2.5-VL from its factory, digits, and a reward that random completions earn too."""
+"""A small real run: the tiny Qwen2.5-VL from its factory, digits, and a reward that random completions earn too.
 
+It has all four services, two engines, and two ranks.
+"""
+
+import contextlib
 import os
 import shutil
 import signal
@@ -30,10 +34,10 @@ seed: 3
 model: {factory: "tiny_model.py:build", dtype: float32}
 data: {train: "digits.py:train_pairs", template: "digits.py:template",
        max_prompt_tokens: 128}
-algorithm: {type: stable_reinforce}
+algorithm: {type: stable_reinforce, beta: 0.01}
 rollout: {engine: {type: transformers, batch: 4}, replicas: 2, max_new_tokens: 8}
 reward: {terms: [{type: format}, {type: choice}, {type: custom, name: vowels, code: "task.py:vowels", weight: 2.0}]}
-learner: {train_batch: 8, micro_batch: 4, lr: 1.0e-3}
+learner: {replicas: 2, train_batch: 8, micro_batch: 4, lr: 1.0e-3}
 schedule: {iterations: 6, prompts_per_iteration: 16, checkpoint_every: 4}
 store: {uri: runs}
 runtime: {start_deadline_s: 240, step_deadline_s: 120}
@@ -99,14 +103,16 @@ class Run:
         return pid
 
     def find(self, title: str) -> int | None:
-        assert self.process is not None
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
+        return next(iter(self.pids_of(title)), None)
+
+    def pids_of(self, title: str) -> list[int]:
+        """All processes of the run whose titles begin so."""
+        found = []
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
                 if (process.cmdline() or [""])[0].startswith(title):
-                    return process.pid
-            except psutil.Error:
-                continue
-        return None
+                    found.append(process.pid)
+        return found
 
     def tree(self) -> list[psutil.Process]:
         assert self.process is not None

@@ -1,7 +1,9 @@
 """Real processes, really killed: nothing is lost or trained twice, and the numbers stay the same bit for bit."""
 
+import os
 import signal
 
+import psutil
 import pytest
 from steadyhelm.data.types import ObjectRef
 from steadyhelm.store.records import from_json
@@ -31,17 +33,31 @@ def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_beh
 
 def test_killed_actors_and_a_killed_rank_are_replaced_while_the_run_goes_on(make_run, undisturbed):
     run = make_run()
-    run.start()
+    run.start("--set", "runtime.wait_notice_s=2")
     run.wait_for(lambda log: log.last_iteration >= 1)
     run.kill(run.pid_of("ray::RolloutActor"))
-    run.kill(run.pid_of("ray::ScorerActor"))
+    scorers = run.pids_of("ray::ScorerActor")
+    assert len(scorers) == 2  # the reward's and the reference's
+    for pid in scorers:
+        run.kill(pid)
     run.wait_for(lambda log: log.last_iteration >= 3)
-    run.kill(run.pid_of("ray::RayTrainWorker"))
+    kill_rank_inside_a_collective(run)
     assert run.finish() == 0, run.text()
     assert "another one takes its place" in run.text()
     assert "goes on from the last checkpoint" in run.text()
     assert run.trained() == undisturbed.trained()
     assert run.exact_metrics() == undisturbed.exact_metrics()
+
+
+def kill_rank_inside_a_collective(run):
+    """Stands one of two ranks still until the other waits for it in the middle of a step, then kills it."""
+    ranks = run.pids_of("ray::RayTrainWorker")
+    assert len(ranks) == 2
+    waits = run.text().count("it steps iteration")
+    os.kill(ranks[0], signal.SIGSTOP)
+    run.wait_until(lambda: run.text().count("it steps iteration") > waits)
+    assert psutil.Process(ranks[1]).is_running()
+    run.kill(ranks[0])
 
 
 def test_a_signal_ends_the_run_cleanly_and_says_how_to_go_on(make_run, undisturbed):
