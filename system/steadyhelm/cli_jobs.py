@@ -251,7 +251,7 @@ def _cluster(
     file = ("--token-file", str(token_file)) if token_file else ()
     if release:
         again = ("--release", release, *(("--namespace", namespace) if namespace else ()), *file)
-        token = api_token({}, token_file) if token_file else secret_token(release, namespace)
+        token = token if token_file else secret_token(release, namespace) or token
         with PortForward(release, namespace, (API_PORT, STATUS_PORT)) as forward:
             api, served = (f"http://127.0.0.1:{forward.local[port]}" for port in (API_PORT, STATUS_PORT))
             yield Cluster(jobs=Jobs(api, token), token=token, status_address=status_address or served, again=again)

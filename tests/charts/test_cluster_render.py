@@ -327,7 +327,7 @@ def test_the_notes_say_what_is_next_and_what_is_missing(helm: Path, tmp_path: Pa
         return done.stdout.partition("NOTES:")[2]
 
     bare, complete = notes(), notes("--values", str(CLUSTER / "examples" / "spot.yaml"))
-    assert "kubectl -n ns port-forward svc/rl-head-svc 8265" in bare
+    assert "steadyhelm submit RUN.yaml --release rl --namespace ns" in bare
     assert "MISSING  No store is named" in bare
     assert "helm -n ns test rl" in complete
     assert 'uri: "s3://my-bucket/runs?region=eu-central-1"' in complete
