@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steadyhelm import errors
-from steadyhelm.errors import FatalError, LearnerLostError, SteadyhelmError
+from steadyhelm.errors import FatalError, LearnerLostError, SteadyhelmError, reason_of
 
 POLL_S = 20.0
 """How long ``next`` holds a rank's question open before it answers "nothing yet"."""
@@ -29,23 +29,27 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a rank's call came to: a value, or the name and words of an error."""
+    """What a rank's call came to: a value, or the name, words and reason of an error."""
 
     value: Any = None
     error: str = ""
     message: str = ""
+    reason: str = ""
 
     @classmethod
     def of(cls, error: BaseException) -> Outcome:
         """The outcome that carries ``error``; any but a SteadyhelmError arrives as a FatalError."""
         if isinstance(error, SteadyhelmError):
-            return cls(error=type(error).__name__, message=str(error))
-        return cls(error="FatalError", message=f"a learner rank failed: {type(error).__name__}: {error}")
+            return cls(error=type(error).__name__, message=str(error), reason=error.reason)
+        text = f"a learner rank failed: {type(error).__name__}: {error}"
+        return cls(error="FatalError", message=text, reason=reason_of(error))
 
     def result(self) -> Any:
         """The value. Raises the error."""
         if self.error:
-            raise getattr(errors, self.error, FatalError)(self.message)
+            raised: SteadyhelmError = getattr(errors, self.error, FatalError)(self.message)
+            raised.reason = self.reason or raised.reason
+            raise raised
         return self.value
 
 

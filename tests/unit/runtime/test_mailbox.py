@@ -1,7 +1,8 @@
 import asyncio
+import errno
 
 import pytest
-from steadyhelm.errors import LearnerLostError, NonFiniteError
+from steadyhelm.errors import FatalError, LearnerLostError, NonFiniteError, StoreError
 from steadyhelm.runtime.mailbox import Mailbox, Outcome
 
 
@@ -72,3 +73,18 @@ async def test_a_group_that_joins_again_fails_the_call_under_way_and_serves_the_
 async def test_the_same_rank_under_the_same_process_may_ask_to_join_again():
     mailbox = Mailbox()
     assert await mailbox.join(0, 1, "a") == await mailbox.join(0, 1, "a")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (StoreError("the disk is full", "DiskFull"), StoreError, "DiskFull"),
+        (NonFiniteError("the loss is NaN"), NonFiniteError, "NonFinite"),
+        (OSError(errno.ENOSPC, "No space left on device"), FatalError, "DiskFull"),
+        (ZeroDivisionError(), FatalError, "Bug"),
+    ],
+)
+def test_an_error_comes_with_its_kind_and_its_reason(error: Exception, kind: type[Exception], reason: str):
+    with pytest.raises(kind) as caught:
+        Outcome.of(error).result()
+    assert (type(caught.value), caught.value.reason) == (kind, reason)
