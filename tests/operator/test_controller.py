@@ -1,0 +1,236 @@
+"""The loop around the decision: a Kubernetes in memory, heads on real sockets, and the operator's own client."""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from steadyhelm.errors import UnreachableError
+from steadyhelm_operator.api import FINALIZER
+from steadyhelm_operator.client import Heads
+from steadyhelm_operator.controller import Controller
+from steadyhelm_operator.testing import READY, SUSPENDED, FakeHeads, MemoryKubernetes
+
+from tests.operator.objects import training_run
+
+NAME = ("ns", "digits")
+OWN = {"template": {"spec": {"authOptions": {"mode": "disabled"}}}}
+
+
+class Operator:
+    """A controller that looks only when it is told to, at a time that stands still."""
+
+    def __init__(self, heads: FakeHeads, url: str) -> None:
+        self.heads, self.kubernetes = heads, MemoryKubernetes()
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+        self.url = url
+        self.restart()
+
+    def restart(self) -> None:
+        client = Heads(self.kubernetes, self.url, self.url)  # type: ignore[arg-type]
+        self.controller = Controller(self.kubernetes, client, clock=lambda: self.now, chance=lambda: 0.5)  # type: ignore[arg-type]
+        self.kubernetes.watchers = [self.told]
+        for body in self.kubernetes.runs.values():
+            self.controller.run_changed(None, body)
+        for body in self.kubernetes.clusters.values():
+            self.controller.cluster_changed(None, body)
+
+    def told(self, kind: str, verb: str, body: dict[str, Any]) -> None:
+        if kind == "run":
+            self.controller.run_changed(verb, body)
+        else:
+            self.controller.cluster_changed(verb, body)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        return self.kubernetes.runs[NAME]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.run.get("status", {})
+
+    def looks(self, number: int = 6) -> None:
+        for _ in range(number):
+            self.controller.look(NAME)
+            for body in list(self.kubernetes.clusters.values()):
+                wanted = SUSPENDED if body["spec"].get("suspend") else READY
+                if body.get("status") != wanted:
+                    self.kubernetes.put("cluster", {**body, "status": wanted})
+            self.now += timedelta(seconds=3)
+
+    def change(self, **spec: Any) -> None:
+        self.kubernetes.put("run", {**self.run, "spec": {**self.run["spec"], **spec}})
+
+    def delete(self) -> None:
+        self.kubernetes.put(
+            "run", {**self.run, "metadata": {**self.run["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+        )
+
+
+@pytest.fixture
+def operator() -> Iterator[Operator]:
+    heads = FakeHeads()
+    with heads.served() as url:
+        yield Operator(heads, url)
+
+
+def begun(operator: Operator, **spec: Any) -> Operator:
+    operator.kubernetes.put("run", training_run(**{"cluster": OWN, **spec}), "ADDED")
+    operator.looks()
+    assert operator.status["phase"] == "Running"
+    return operator
+
+
+def test_from_the_resource_to_a_driver_and_its_figures(operator: Operator):
+    begun(operator)
+    operator.heads.head(*NAME).iteration = 12
+    operator.controller._written.clear()
+    operator.looks(1)
+    assert (operator.status["progress"], operator.status["engines"], operator.status["reward"]) == ("12/60", "1/1", 0.5)
+    assert operator.run["metadata"]["finalizers"] == [FINALIZER]
+    owner = operator.kubernetes.clusters[NAME]["metadata"]["ownerReferences"][0]
+    assert (owner["uid"], owner["controller"]) == ("uid-of-digits", True)
+    reasons = [event["reason"] for event in operator.kubernetes.events]
+    assert {"AttemptBegins", "CreatingCluster", "Training"} <= set(reasons)
+
+
+def test_a_run_that_works_costs_no_request_to_kubernetes(operator: Operator):
+    begun(operator)
+    operator.looks(2)
+    operator.kubernetes.calls.clear()
+    operator.looks(20)
+    assert operator.kubernetes.calls == []
+
+
+def test_figures_alone_are_not_written_each_time(operator: Operator):
+    begun(operator)
+    operator.kubernetes.calls.clear()
+    for iteration in range(10):
+        operator.heads.head(*NAME).iteration = iteration
+        operator.looks(1)
+    assert operator.kubernetes.calls.count("PATCH status") <= 1
+
+
+def test_somebody_elses_write_in_between_is_read_before_anything_is_done(operator: Operator):
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+    operator.looks(4)
+    operator.kubernetes.watchers = []  # the watch is late
+    body = operator.run
+    operator.kubernetes.put("run", {**body, "metadata": {**body["metadata"], "labels": {"a": "b"}}})
+    operator.looks(4)
+    assert "GET run" in operator.kubernetes.calls
+    assert operator.heads.live(*NAME) == ["digits.uidofdig.1"]
+
+
+def test_an_operator_that_is_restarted_goes_on_with_what_is_there(operator: Operator):
+    begun(operator)
+    operator.restart()
+    operator.looks()
+    assert (operator.status["attempt"], operator.heads.live(*NAME)) == (1, ["digits.uidofdig.1"])
+
+
+def test_that_a_cluster_is_gone_is_believed_of_the_api_server_alone(operator: Operator):
+    begun(operator)
+    operator.kubernetes.watchers = []
+    operator.controller._clusters.clear()  # as behind a restart, before the list of clusters has come
+    operator.looks()
+    assert operator.status["attempt"] == 1
+
+
+def test_a_lost_head_is_followed_by_another_attempt(operator: Operator):
+    begun(operator, failurePolicy={"backoffSeconds": 0})
+    operator.heads.lose(*NAME)
+    operator.looks()
+    assert operator.heads.live(*NAME) == ["digits.uidofdig.2"]
+    assert "--take-over" in next(iter(operator.heads.head(*NAME).jobs.values())).entrypoint
+    assert operator.status["attempts"][0]["reason"] == "HeadReplaced"
+
+
+def test_suspended_and_resumed(operator: Operator):
+    begun(operator)
+    operator.change(suspend=True)
+    operator.looks()
+    assert (operator.status["phase"], operator.heads.live(*NAME)) == ("Suspended", [])
+    assert operator.kubernetes.clusters[NAME]["spec"]["suspend"] is True
+    operator.change(suspend=False)
+    operator.looks(8)
+    assert operator.heads.live(*NAME) == ["digits.uidofdig.2"]
+
+
+def test_deleted_with_everything_that_it_had(operator: Operator):
+    begun(operator)
+    operator.delete()
+    operator.looks()
+    assert (operator.kubernetes.runs, operator.kubernetes.clusters, operator.heads.live(*NAME)) == ({}, {}, [])
+    assert operator.controller.phases() == []
+
+
+def test_a_server_that_fails_is_asked_again_later_and_the_user_is_told_once(operator: Operator):
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+
+    def refuse(manifest: Any) -> Any:
+        raise UnreachableError("the Kubernetes API does not answer")
+
+    create, operator.kubernetes.create_cluster = operator.kubernetes.create_cluster, refuse
+    operator.looks(5)
+    told = [event for event in operator.kubernetes.events if event["reason"] == "ClusterUnreachable"]
+    assert len(told) == 1
+    assert operator.controller._pauses[NAME] == 8.0
+    operator.kubernetes.create_cluster = create
+    operator.looks()
+    assert operator.heads.live(*NAME) == ["digits.uidofdig.1"]
+
+
+def test_without_kuberay_the_user_is_told_to_install_it(operator: Operator):
+    from steadyhelm_operator.client import MissingError
+
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+
+    def unknown(manifest: Any) -> Any:
+        raise MissingError("404")
+
+    operator.kubernetes.create_cluster = unknown
+    operator.looks(3)
+    assert "install KubeRay" in operator.kubernetes.events[-1]["note"]
+
+
+def test_what_is_wrong_with_pods_is_asked_now_and_then(operator: Operator):
+    operator.kubernetes.pod_list = [
+        {
+            "metadata": {"labels": {"app.kubernetes.io/component": "learner"}},
+            "status": {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/3 nodes"}]},
+        }
+    ]
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+    for _ in range(6):
+        operator.controller.look(NAME)
+    assert (operator.status["phase"], operator.status["reason"]) == ("Provisioning", "NoCapacity")
+    assert operator.kubernetes.calls.count("GET pods") == 1
+
+
+def test_threads_look_after_many_runs_until_all_are_done():
+    heads = FakeHeads(pace_s=0.001, iterations=20)
+    kubernetes = MemoryKubernetes()
+    with heads.served() as url:
+        controller = Controller(kubernetes, Heads(kubernetes, url, url))  # type: ignore[arg-type]
+
+        def told(kind: str, verb: str, body: dict[str, Any]) -> None:
+            (controller.run_changed if kind == "run" else controller.cluster_changed)(verb, body)
+            if kind == "cluster" and verb == "ADDED":
+                kubernetes.put("cluster", {**body, "status": READY})
+
+        kubernetes.watchers.append(told)
+        controller.start(workers=4)
+        try:
+            for number in range(12):
+                kubernetes.put("run", training_run(name=f"run-{number}", cluster=OWN), "ADDED")
+            ends = time.monotonic() + 60
+            while controller.phases().count("Succeeded") < 12 and time.monotonic() < ends:
+                time.sleep(0.1)
+        finally:
+            assert controller.healthy()
+            controller.stop()
+    assert controller.phases() == ["Succeeded"] * 12
+    assert all(len(head.jobs) == 1 for head in heads.heads.values())
+    assert controller.metrics.registry.get_sample_value("steadyhelm_operator_submissions_total") == 12.0
