@@ -141,6 +141,7 @@ def definition() -> str:
 FILES = {
     CLUSTER / "files" / "dashboard.json": dashboard,
     CLUSTER / "README.md": lambda: readme(CLUSTER),
+    OPERATOR / "README.md": lambda: readme(OPERATOR),
     OPERATOR / "files" / "trainingruns.yaml": definition,
 }
 """Each file that is made, and what makes it."""
