@@ -14,8 +14,8 @@ import yaml
 from tests.cluster.api import Api
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.node.machine import NoNodeError, node
+from tests.cluster.release import CHART, NAMESPACE, OPERATOR_CHART, OPERATOR_NAMESPACE, RELEASE, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RAY_CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
 
 
@@ -94,3 +94,43 @@ def images() -> dict[str, object]:
         found: dict[str, object] = yaml.safe_load(Path(file).read_text())
         return found
     return {"image": {"registry": "localhost"}, "s3": {"embedded": {"image": "localhost/steadyhelm-s3:1"}}}
+
+
+@pytest.fixture(scope="session")
+def release(kubernetes: Kubernetes, kuberay: str, images: dict[str, object]) -> Iterator[str]:
+    """The chart's smallest example in a namespace that takes *restricted* pods alone; tells who is KubeRay."""
+    with _namespace(kubernetes, NAMESPACE):
+        values = kubernetes.folder / "values.yaml"
+        values.write_text(yaml.safe_dump(images | {"networkPolicy": {"apiFrom": [OPERATOR_NAMESPACE]}}))
+        files = ["--values", CHART / "examples" / "small-cpu.yaml", "--values", values]
+        kubernetes.run("helm", "install", RELEASE, CHART, "--namespace", NAMESPACE, *files)
+        yield kuberay
+
+
+@pytest.fixture(scope="session")
+def operator(kubernetes: Kubernetes, release: str, images: dict[str, object]) -> Iterator[None]:
+    """Our operator, beside the release."""
+    with _namespace(kubernetes, OPERATOR_NAMESPACE):
+        values = kubernetes.folder / "operator.yaml"
+        values.write_text(yaml.safe_dump({"image": images["image"]}))
+        where = ("--namespace", OPERATOR_NAMESPACE)
+        kubernetes.run(
+            "helm", "install", "operator", OPERATOR_CHART, *where, "--values", values, "--wait", timeout_s=300
+        )
+        try:
+            yield
+        finally:
+            kubernetes.run("helm", "uninstall", "operator", *where, "--wait", timeout_s=120)
+
+
+@contextlib.contextmanager
+def _namespace(kubernetes: Kubernetes, name: str) -> Iterator[None]:
+    place = "/api/v1/namespaces"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kubernetes.api.create(place, {"metadata": {"name": name, "labels": labels}})
+    try:
+        yield
+    finally:
+        kubernetes.api.delete(f"{place}/{name}")
+        gone = f"{place}/{name}"
+        kubernetes.until(lambda: kubernetes.api.get(gone) is None, f"namespace {name} is gone", seconds=180)

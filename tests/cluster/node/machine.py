@@ -146,7 +146,7 @@ def _until_ready(started: Node, process: subprocess.Popen[bytes]) -> None:
 def _link(images: Path, root: Path) -> None:
     """containerd's folder for one node: layers by hard links, as nobody writes to them, and databases as copies."""
     subprocess.run(["cp", "-al", images, root], check=True, timeout=300)
-    for database in root.rglob("*.db"):
+    for database in root.glob("io.containerd.*/*.db"):
         original = database.read_bytes()
         database.unlink()
         database.write_bytes(original)

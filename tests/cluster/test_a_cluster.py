@@ -1,59 +1,18 @@
-"""The cluster's chart on a real Kubernetes: installed, tried by its own smoke test, hurt, and taken away."""
+"""The cluster's chart on a real Kubernetes: installed, tried by its own smoke test, and hurt."""
 
-import base64
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.cluster.api import ApiError, Manifest
-from tests.cluster.conftest import ROOT
-from tests.cluster.kubernetes import Kubernetes, running
+from tests.cluster.api import ApiError
+from tests.cluster.kubernetes import Kubernetes
+from tests.cluster.release import CHART, HEAD, NAMESPACE, RELEASE, one_running, pods, smoke_run, steadyhelm, token
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
-
-CHART = ROOT / "charts" / "steadyhelm-cluster"
-NAMESPACE, RELEASE = "chart", "rl"
-HEAD = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-head-svc:8265/proxy"
-
-
-@pytest.fixture(scope="module")
-def release(kubernetes: Kubernetes, kuberay: str, images: dict[str, Any]) -> Iterator[str]:
-    """The chart's smallest example in a namespace that takes *restricted* pods alone; tells who is KubeRay."""
-    place = "/api/v1/namespaces"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    kubernetes.api.create(place, {"metadata": {"name": NAMESPACE, "labels": labels}})
-    values = kubernetes.folder / "values.yaml"
-    values.write_text(yaml.safe_dump(images))
-    files = ["--values", CHART / "examples" / "small-cpu.yaml", "--values", values]
-    kubernetes.run("helm", "install", RELEASE, CHART, "--namespace", NAMESPACE, *files)
-    yield kuberay
-    kubernetes.api.delete(f"{place}/{NAMESPACE}")
-    kubernetes.until(lambda: kubernetes.api.get(f"{place}/{NAMESPACE}") is None, "the namespace is gone", seconds=120)
-
-
-def pods(kubernetes: Kubernetes, group: str) -> list[Manifest]:
-    return kubernetes.pods(NAMESPACE, **{"ray.io/group": group})
-
-
-def one_running(kubernetes: Kubernetes, group: str, *, apart: str = "", seconds: float = 180) -> Manifest:
-    """The group's pod, once it is ready; ``apart`` names one that does not count."""
-
-    def found() -> Manifest | None:
-        return next((p for p in pods(kubernetes, group) if running(p) and p["metadata"]["name"] != apart), None)
-
-    return kubernetes.until(found, f"a pod of {group} is ready", seconds=seconds, namespace=NAMESPACE)
-
-
-def steadyhelm(kubernetes: Kubernetes, *words: str | Path, seconds: float = 90) -> str:
-    """What a command of ours prints that is sent to the release."""
-    command = (sys.executable, "-m", "steadyhelm.cli", *words, "--release", RELEASE, "--namespace", NAMESPACE)
-    return kubernetes.run(*command, timeout_s=seconds)
 
 
 def reached(kubernetes: Kubernetes, *, iteration: int, phase: str = "") -> dict[str, Any]:
@@ -102,10 +61,8 @@ def test_the_ray_api_answers_only_who_has_the_token(kubernetes: Kubernetes, rele
     with pytest.raises(ApiError) as refused:
         kubernetes.api.call("GET", f"{HEAD}/api/jobs/")
     assert refused.value.code == 401
-    secret = kubernetes.api.get(f"/api/v1/namespaces/{NAMESPACE}/secrets/{RELEASE}")
-    assert secret is not None
-    token = base64.b64decode(secret["data"]["auth_token"]).decode()
-    answer = kubernetes.api.call("GET", f"{HEAD}/api/jobs/", **{"X-Ray-Authorization": f"Bearer {token}"})
+    bearer = {"X-Ray-Authorization": f"Bearer {token(kubernetes)}"}
+    answer = kubernetes.api.call("GET", f"{HEAD}/api/jobs/", **bearer)
     assert isinstance(json.loads(answer), list)
 
 
@@ -120,12 +77,8 @@ def test_helms_own_test_trains_an_iteration(kubernetes: Kubernetes, release: str
 
 def test_a_submitted_run_outlives_its_rollout_pod_and_its_head(kubernetes: Kubernetes, release: str, tmp_path: Path):
     shutil.copy(CHART / "files" / "smoke" / "smoke.py", tmp_path)
-    store = f"s3://steadyhelm/runs?endpoint=http://{RELEASE}-s3.{NAMESPACE}.svc:7070"
-    run = yaml.safe_load((CHART / "files" / "smoke" / "smoke.yaml").read_text())
-    run |= {"name": "story", "store": {"uri": store}}
-    run["schedule"] |= {"iterations": 60, "checkpoint_every": 2}
     file = tmp_path / "story.yaml"
-    file.write_text(yaml.safe_dump(run))
+    file.write_text(yaml.safe_dump(smoke_run("story", iterations=200)))
     worker, head = (one_running(kubernetes, group)["metadata"]["name"] for group in ("rollout", "headgroup"))
 
     steadyhelm(kubernetes, "submit", file, "--detach")
@@ -145,8 +98,3 @@ def test_a_submitted_run_outlives_its_rollout_pod_and_its_head(kubernetes: Kuber
     again = reached(kubernetes, iteration=so_far + 3, phase="running")
     assert again["attempt"] == 2
     steadyhelm(kubernetes, "stop", "story-transformers", seconds=200)
-
-
-def test_after_uninstalling_nothing_is_left(kubernetes: Kubernetes, release: str):
-    kubernetes.run("helm", "uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", timeout_s=300)
-    kubernetes.until(lambda: not kubernetes.left(NAMESPACE), "the namespace is empty", seconds=180, namespace=NAMESPACE)

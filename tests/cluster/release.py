@@ -1,0 +1,52 @@
+"""A release of the cluster's chart on a real Kubernetes, and what is asked of it again and again."""
+
+import base64
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.cluster.api import Manifest
+from tests.cluster.kubernetes import Kubernetes, running
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "steadyhelm-cluster"
+OPERATOR_CHART = ROOT / "charts" / "steadyhelm-operator"
+NAMESPACE, RELEASE = "rl-tests", "rl"
+OPERATOR_NAMESPACE = "operator-tests"
+HEAD = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-head-svc:8265/proxy"
+STORE = f"s3://steadyhelm/runs?endpoint=http://{RELEASE}-s3.{NAMESPACE}.svc:7070"
+
+
+def smoke_run(name: str, iterations: int) -> Manifest:
+    """The smoke test's run file, for longer."""
+    run: Manifest = yaml.safe_load((CHART / "files" / "smoke" / "smoke.yaml").read_text())
+    run |= {"name": name, "store": {"uri": STORE}}
+    run["schedule"] |= {"iterations": iterations, "checkpoint_every": 2}
+    return run
+
+
+def token(kubernetes: Kubernetes) -> str:
+    """Of the release's Ray API."""
+    secret = kubernetes.api.get(f"/api/v1/namespaces/{NAMESPACE}/secrets/{RELEASE}")
+    assert secret is not None
+    return base64.b64decode(secret["data"]["auth_token"]).decode()
+
+
+def pods(kubernetes: Kubernetes, group: str) -> list[Manifest]:
+    return kubernetes.pods(NAMESPACE, **{"ray.io/group": group})
+
+
+def one_running(kubernetes: Kubernetes, group: str, *, apart: str = "", seconds: float = 180) -> Manifest:
+    """The group's pod, once it is ready; ``apart`` names one that does not count."""
+
+    def found() -> Manifest | None:
+        return next((p for p in pods(kubernetes, group) if running(p) and p["metadata"]["name"] != apart), None)
+
+    return kubernetes.until(found, f"a pod of {group} is ready", seconds=seconds, namespace=NAMESPACE)
+
+
+def steadyhelm(kubernetes: Kubernetes, *words: str | Path, seconds: float = 90) -> str:
+    """What a command of ours prints that is sent to the release."""
+    command = (sys.executable, "-m", "steadyhelm.cli", *words, "--release", RELEASE, "--namespace", NAMESPACE)
+    return kubernetes.run(*command, timeout_s=seconds)
