@@ -71,14 +71,14 @@ async def serve(
         workers: threads.
         health_port: where the liveness probe is answered, at ``/healthz``; 0 answers none.
         stop: ends it.
-        tick: called every few seconds.
+        tick: called each second.
         ready: set once it watches.
     """
 
     async def ticking() -> None:
         while True:
             tick()
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(1.0)
 
     controller.start(workers)
     ticker = asyncio.create_task(ticking())

@@ -1,0 +1,6 @@
+"""Stand-ins for tests and benchmarks: heads of Ray clusters, a Kubernetes API in memory, and a real API server."""
+
+from steadyhelm_operator.testing.heads import FakeHead, FakeHeads, FakeJob
+from steadyhelm_operator.testing.memory import READY, SUSPENDED, MemoryKubernetes
+
+__all__ = ["READY", "SUSPENDED", "FakeHead", "FakeHeads", "FakeJob", "MemoryKubernetes"]
