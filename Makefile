@@ -37,7 +37,7 @@ test-charts: setup ## the Helm charts, rendered by helm and judged by the schema
 test-cluster: setup ## the charts on a real Kubernetes: the one that KUBECONFIG names, or one of this machine's own (root, Go and Debian's packages)
 	@.ci/helm >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
 	@[ -n "$$KUBECONFIG" ] || { .ci/kubernetes && .ci/versitygw && .ci/node-images; } >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
-	$(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster
+	$(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster tests/operator
 
 test-runs: setup ## whole runs over real Ray, killed and resumed
 	$(BIN)/pytest -m runs tests

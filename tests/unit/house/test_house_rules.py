@@ -11,9 +11,11 @@ import pytest
 
 from tests.unit.docs.markdown import ROOT, page_name
 
-PACKAGE = sorted((ROOT / "system").rglob("*.py"))
+PACKAGE = sorted(file for folder in ("system", "operators") for file in (ROOT / folder).rglob("*.py"))
 ALL = sorted(
-    file for folder in ("system", "workloads", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")
+    file
+    for folder in ("system", "operators", "workloads", "benchmarks", "tests")
+    for file in (ROOT / folder).rglob("*.py")
 )
 LONGEST = 99
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
