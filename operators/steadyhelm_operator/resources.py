@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 from steadyhelm import jobs
-from steadyhelm.config.load import validate
-from steadyhelm.config.source import Source
+from steadyhelm.config.load import code_references, validate
+from steadyhelm.config.source import Source, dotted
 from steadyhelm.errors import ConfigError
 
 from steadyhelm_operator.api import API_VERSION, FINALIZER, KIND, PAYLOAD_BYTES, Cluster, Spec, parse_status
@@ -67,6 +67,11 @@ def _spec(raw: Mapping[str, Any]) -> tuple[Spec | None, str]:
     for name in found.files:
         if name == RUN_FILE or name.startswith("/") or not set(name.split("/")).isdisjoint({"", ".", ".."}):
             return None, f"spec.files: {name!r} is no name of a file beside {RUN_FILE}: write one like task.py"
+    for place, reference in code_references(found.run):
+        file = reference.partition(":")[0]
+        if not file.startswith("/") and file not in found.files:
+            where = f"spec.run.{dotted(place)} is {reference!r}"
+            return None, f"{where}: put {file!r} into spec.files, or name a file of the image by its whole path"
     size = sum(len(content) for content in shipped(raw).values())
     if size > PAYLOAD_BYTES:
         return None, f"spec.run and spec.files have {size} bytes, at most {PAYLOAD_BYTES} can be shipped: use an image"

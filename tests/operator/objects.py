@@ -2,6 +2,8 @@
 
 from typing import Any
 
+FILES = {"task.py": "", "a.py": ""}
+
 
 def run_file(**parts: Any) -> dict[str, Any]:
     """The smallest run file, with parts put in."""
@@ -20,5 +22,5 @@ def training_run(run: dict[str, Any] | None = None, *, name: str = "digits", **s
         "apiVersion": "steadyhelm.dev/v1alpha1",
         "kind": "TrainingRun",
         "metadata": {"name": name, "namespace": "ns", "uid": f"uid-of-{name}", "generation": 1, "resourceVersion": "1"},
-        "spec": {"run": run or run_file(), "cluster": {"name": "rl"}, **spec},
+        "spec": {"run": run or run_file(), "cluster": {"name": "rl"}, "files": FILES, **spec},
     }

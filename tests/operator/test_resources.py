@@ -135,6 +135,15 @@ def test_files_have_names_of_their_own_beside_the_run_file():
     assert resources.desired(training_run(files={"task.py": "x", "lib/a.py": "y"})).problem == ""
 
 
+def test_code_is_beside_the_run_file_or_in_the_image():
+    lacks = resources.desired(training_run(run_file(model={"factory": "nowhere.py:model"})))
+    assert lacks.problem == (
+        "spec.run.model.factory is 'nowhere.py:model': put 'nowhere.py' into spec.files, or name a file of the image "
+        "by its whole path"
+    )
+    assert resources.desired(training_run(run_file(model={"factory": "/opt/code/there.py:model"}))).problem == ""
+
+
 def test_what_is_shipped_has_a_bound():
     found = resources.desired(training_run(files={"task.py": "x" * 1_000_000}))
     assert "at most 900000 can be shipped: use an image" in found.problem
