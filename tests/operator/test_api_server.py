@@ -130,10 +130,21 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, Api, Pa
             kind = f"{found['kind'].lower()}s"
             admin.must("POST", f"/apis/rbac.authorization.k8s.io/v1/{kind}", found)
         ends = time.monotonic() + 30
-        while admin.call("GET", RUNS)[0] != 200 or admin.call("GET", CLUSTERS)[0] != 200:
+        while not established(admin):
             assert time.monotonic() < ends
             time.sleep(0.2)
         yield admin, operator, folder
+
+
+def established(admin: Api) -> bool:
+    """Whether the API server serves both kinds."""
+    found = [
+        condition["status"]
+        for definition in admin.must("GET", DEFINITION)["items"]
+        for condition in (definition.get("status") or {}).get("conditions") or ()
+        if condition["type"] == "Established"
+    ]
+    return found == ["True", "True"] and all(admin.call("GET", path)[0] == 200 for path in (RUNS, CLUSTERS))
 
 
 def rendered_rights() -> list[dict[str, Any]]:
