@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,8 @@ STOP_S = 600.0
 """How long ``stop`` waits for a run that saves a checkpoint, unless it is told otherwise."""
 POLL_S = 0.5
 """Seconds between two looks at a job that is to stop."""
+ANSWER_S = 30.0
+"""How long a cluster may take to answer, of which a busy head needs some."""
 STATUS_PORT = 8266
 """Where drivers serve their status on a head that the cluster chart made."""
 API_PORT = 8265
@@ -81,7 +84,7 @@ def submit(
     The same command again goes on with the run, or follows it where it runs already. The exit code is the run's.
     """
     from steadyhelm.config.run import Store
-    from steadyhelm.jobs import entrypoint, runs
+    from steadyhelm.jobs import entrypoint, patiently, runs
     from steadyhelm.jobs.folder import folder_files
 
     run_file = _checked(file, sets or ())
@@ -90,9 +93,13 @@ def submit(
     files = folder_files(folder, leave_out=[folder / Store().uri, Path(run_file.store.uri)])
     command = entrypoint(file.name, run, sets=sets or (), take_over=take_over, accept_changes=accept_changes)
     with _cluster(address, release, namespace, token_file) as cluster:
-        job, adopted = runs.send(cluster.jobs, run, command, cluster.jobs.upload(files), {"file": file.name})
+        jobs, about = cluster.jobs, {"file": file.name}
+        jobs.list()  # a wrong address, or a wrong token, is said at once
+        job, adopted = patiently(
+            lambda: runs.send(jobs, run, command, jobs.upload(files), about), partial(typer.echo, err=True)
+        )
         what = "runs already as" if adopted else "is sent as"
-        typer.echo(f"run {run} {what} job {job.submission_id} at {cluster.jobs.address}", err=True)
+        typer.echo(f"run {run} {what} job {job.submission_id} at {jobs.address}", err=True)
         if detach:
             _say_how_to_come_back(cluster, run)
             return
@@ -254,13 +261,15 @@ def _cluster(
         token = token if token_file else secret_token(release, namespace) or token
         with PortForward(release, namespace, (API_PORT, STATUS_PORT)) as forward:
             api, served = (f"http://127.0.0.1:{forward.local[port]}" for port in (API_PORT, STATUS_PORT))
-            yield Cluster(jobs=Jobs(api, token), token=token, status_address=status_address or served, again=again)
+            yield Cluster(
+                jobs=Jobs(api, token, ANSWER_S), token=token, status_address=status_address or served, again=again
+            )
         return
     if not address:
         raise ConfigError(
             "no cluster is named: give --address http://host:8265, or --release NAME of the cluster chart"
         )
-    jobs = Jobs(address, token)
+    jobs = Jobs(address, token, ANSWER_S)
     parts = urlsplit(address)
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     served = status_address or f"{parts.scheme}://{host}:{STATUS_PORT}"

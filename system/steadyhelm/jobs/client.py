@@ -10,14 +10,15 @@ import re
 import shlex
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from steadyhelm.errors import ConfigError, RequestRefusedError, TokenRefusedError, UnreachableError
 from steadyhelm.jobs.wire import UpgradeRefusedError, WebSocket, exchange
 
+T = TypeVar("T")
 JobState = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 """What Ray says of a job."""
 ENDED: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
@@ -28,8 +29,8 @@ PATIENCE_S = 300.0
 """How long a log is followed without an answer of the cluster: a head that is lost comes back."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Bounds of the pause before another try; it doubles."""
-UPLOAD_S = 120.0
-"""Deadline of an upload."""
+SLOW_S = 120.0
+"""Deadline of what the cluster works for: an upload, a whole log, a job's start, which waits for its agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,25 @@ class JobRequest:
         }
 
 
+def patiently(call: Callable[[], T], say: Callable[[str], None], patience_s: float = SLOW_S) -> T:
+    """What ``call`` returns, made again while it raises UnreachableError, for so long; ``say`` hears of it, once.
+
+    A head that has just come takes no jobs yet.
+    """
+    ends, pause, said = time.monotonic() + patience_s, FIRST_PAUSE_S, False
+    while True:
+        try:
+            return call()
+        except UnreachableError as error:
+            if time.monotonic() > ends:
+                raise
+            if not said:
+                say(f"{error} Tries again for {patience_s:g} s.")
+            said = True
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
 def submission_id(run: str, attempt: int) -> str:
     """The id of the ``attempt``-th job, from 1, of the run with that id: ``"digits-transformers.2"``."""
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', run)}.{attempt}"
@@ -140,7 +160,7 @@ class Jobs:
         if known is not None:
             return known
         try:
-            self._ask("POST", "/api/jobs/", json.dumps(request.to_json()).encode())
+            self._ask("POST", "/api/jobs/", json.dumps(request.to_json()).encode(), deadline_s=SLOW_S)
         except UnreachableError:
             # Ray answers HTTP 500 to an id that somebody else was faster with, and an answer may be lost.
             known = self.get(request.submission_id)
@@ -160,7 +180,7 @@ class Jobs:
 
     def logs(self, submission_id: str) -> str:
         """What the job has written so far."""
-        _, body = self._ask("GET", f"/api/jobs/{quote(submission_id, safe='')}/logs", deadline_s=UPLOAD_S)
+        _, body = self._ask("GET", f"/api/jobs/{quote(submission_id, safe='')}/logs", deadline_s=SLOW_S)
         return str(self._json(body).get("logs") or "")
 
     def follow(self, submission_id: str, patience_s: float = PATIENCE_S) -> Iterator[str]:
@@ -235,7 +255,7 @@ class Jobs:
         path = f"/api/packages/gcs/{name}"
         status, _ = self._ask("GET", path, missing=True)
         if status == 404:
-            self._ask("PUT", path, data, deadline_s=UPLOAD_S)
+            self._ask("PUT", path, data, deadline_s=SLOW_S)
         return f"gcs://{name}"
 
     def list(self) -> Sequence[Job]:

@@ -130,6 +130,17 @@ class TestSubmitting:
         assert "is sent as job other.1" in other.stderr
         assert cluster.asked.count("POST /api/jobs/") == 3
 
+    def test_a_head_that_takes_no_jobs_yet_is_asked_again(
+        self, cluster: FakeCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("steadyhelm.jobs.client.FIRST_PAUSE_S", 0.01)
+        busy = [True] * 3
+        cluster.broken = lambda h: h.command == "POST" and bool(busy) and busy.pop() and h.answer(500, "later") is None
+        done = steadyhelm("submit", folder / "run.yaml", "--address", cluster.address, "--detach")
+        assert done.exit_code == 0
+        assert done.stderr.count("HTTP 500 to POST /api/jobs/: later Tries again for 120 s.") == 1
+        assert "is sent as job digits-transformers.1" in done.stderr
+
     def test_a_run_that_another_run_file_drives_is_left_alone(self, cluster: FakeCluster, folder: Path):
         command = ("submit", folder / "run.yaml", "--address", cluster.address, "--detach")
         steadyhelm(*command)
