@@ -145,7 +145,7 @@ def charts(data: ReportData) -> list[Chart]:
         chart("Completion length", names.LENGTH_MEAN, names.LENGTH_MAX, subtitle="tokens", zero=True),
         chart("Filter and clips", names.FILTER_LOW, names.FILTER_HIGH, names.PRE_CLIP_HITS, names.CLIP_FRACTION,
               subtitle="share of tokens", percent=True, zero=True),
-        chart("Entropy and divergence", names.ENTROPY, names.KL, subtitle="nats per token", zero=True),
+        chart("Entropy and divergence", names.ENTROPY, names.KL, names.POLICY_KL, subtitle="nats per token", zero=True),
         chart("Engine against trainer", names.LOGPROB_GAP_MEAN, names.LOGPROB_GAP_MAX,
               subtitle="|log-prob gap|, nats", zero=True),
         chart("Loss", names.LOSS),

@@ -58,6 +58,7 @@ KL = _metric("learner/kl", "Mean of log proximal - log reference per token (k1)"
 PRE_CLIP_HITS = _metric("learner/pre_clip_hits", "Share of tokens whose log-ratio the Pre-CLIP clamped", "ratio")
 CLIP_FRACTION = _metric("learner/clip_fraction", "Share of tokens where the PPO clip took the gradient away", "ratio")
 RATIO_MEAN = _metric("learner/ratio_mean", "Mean ratio of the current to the proximal policy per token")
+POLICY_KL = _metric("learner/policy_kl", "Mean k3 divergence of the current from the proximal policy per token", "nats")
 FILTER_LOW = _metric(
     "learner/filter_low", "Share of tokens whose advantage the filter dropped below its bound", "ratio"
 )
