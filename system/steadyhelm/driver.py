@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tempfile
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
@@ -371,7 +372,10 @@ class Driver:
             self._metrics.append(report.iteration, found, report.replayed, self._take_notes())
             self._tell(IterationDone(iteration=report.iteration, metrics=found, replayed=report.replayed))
         if report.served and self._signal is None:
+            began = time.monotonic()
             await self._evaluate(report.version, services)
+            if self._loop is not None:
+                self._loop.leave_out(time.monotonic() - began)
             await asyncio.to_thread(self._metrics.flush)  # before the loop may checkpoint this iteration
         await self._retain()
         if self._scaler is not None:
@@ -387,9 +391,13 @@ class Driver:
         if newest is None or newest == self._retained or not self._run.schedule.keep_checkpoints:
             return
         self._retained = newest
-        found = retention.unneeded(self._store, self._log, retention.Keep.of(self._run), retention.REPLACED)
+        keep = retention.Keep.of(self._run)
+
+        def delete() -> None:
+            retention.remove(self._store, retention.unneeded(self._store, self._log, keep, retention.REPLACED))
+
         try:
-            await asyncio.to_thread(retention.remove, self._store, found)
+            await asyncio.to_thread(delete)
         except StoreError as error:
             self._tell(Notice(text=f"Could not delete what the run needs no more: {error}", level="warning"))
 

@@ -86,6 +86,7 @@ class Loop:
         self._stop = asyncio.Event()
         self._damaged: set[PolicyVersion] = set()
         self._losses = 0
+        self._left_out = 0.0
 
     @property
     def restarts(self) -> int:
@@ -95,6 +96,10 @@ class Loop:
     def stop(self) -> None:
         """Ends the loop behind the step in progress, with a checkpoint; batches in the making are abandoned."""
         self._stop.set()
+
+    def leave_out(self, seconds: float) -> None:
+        """Counts that much of what is done with the present report to no iteration: an evaluation belongs to none."""
+        self._left_out += seconds
 
     async def iterations(self) -> AsyncGenerator[IterationReport, None]:
         """One report for each iteration, replayed ones included.
@@ -170,8 +175,10 @@ class Loop:
             spans = (*batch.spans, *learned.spans, *spans)
             metrics = self._metrics(started, spans, batch.manifest.metrics, learned.metrics, metrics)
             metrics[telemetry.metrics.LEARNER_WAIT] = waited / metrics[telemetry.metrics.ITERATION_SECONDS]
+            self._left_out = 0.0
             yield IterationReport(iteration=iteration, version=version, served=True, metrics=metrics)
-            started = time.monotonic()  # a checkpoint counts in the iteration that waits for it
+            # What is done with the report, and a checkpoint, count in the iteration that waits for them
+            started += metrics[telemetry.metrics.ITERATION_SECONDS] + self._left_out
             await self._checkpoint(iteration)
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
