@@ -2,7 +2,9 @@
 
 The learner is what runs inside a rank, in this process: DeepSpeed, the batch read from the store. The hop through Ray
 Train's group and its mailbox, one command and one answer per iteration, is not in it; ``overhead.py`` bounds it,
-together with all else in a real run's iteration that does not compute.
+together with all else in a real run's iteration that does not compute. On one rank in float32 the learner leaves ZeRO
+out, whatever stage the run file names (docs/design/0017): that is the figure with a goal. The stages follow as they
+cost where they are kept nevertheless.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -248,33 +251,36 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(size: Size, stages: Sequence[int], repeats: int) -> Iterator[Row]:
-    """Both loops in turn; the ratio is the median over pairs of neighbours."""
+def compare(size: Size, kept: Sequence[int], repeats: int) -> Iterator[Row]:
+    """The learner as runs have it, then with each ZeRO stage of ``kept``; the loops take turns, one learner at a time.
+
+    The ratio is the median over pairs of neighbours.
+    """
     with prepared(size) as setting:
         bare = BareLoop(setting)
-        spec = {
-            stage: LearnerSpec(run=setting.run(stage), model_folder=str(setting.folder), store_uri=setting.store.uri)
-            for stage in stages
-        }
-        learners = {stage: LearnerRank(spec[stage], 0, 1) for stage in stages}
-        works: dict[str, Callable[[], object]] = {"bare": bare.step}
-        for stage, learner in learners.items():
-            works[f"{stage}"] = lambda learner=learner: learner.step(setting.manifest)  # type: ignore[misc]
-        for work in works.values():
-            work()  # warms up
-        rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(repeats)]
         tokens = sum(len(row.tokens) for row in setting.trajectories)
-        best = min(times["bare"] for times in rounds)
-        yield Row(
-            name=f"{size.name}: bare loop", value=tokens / best, unit="completion tokens/s", goal=None, better="higher"
-        )
-        for stage in stages:
-            ratio = statistics.median(times["bare"] / times[f"{stage}"] for times in rounds)
+        for stage in (None, *kept):
+            spec = LearnerSpec(
+                run=setting.run(2 if stage is None else stage),
+                model_folder=str(setting.folder),
+                store_uri=setting.store.uri,
+                exact_stage=stage is not None,
+            )
+            ours = partial(LearnerRank(spec, 0, 1).step, setting.manifest)
+            bare.step()  # both warm up
+            ours()
+            rounds = [(seconds(bare.step), seconds(ours)) for _ in range(repeats)]
+            if stage is None:
+                best = tokens / min(theirs for theirs, _ in rounds)
+                yield Row(
+                    name=f"{size.name}: bare loop", value=best, unit="completion tokens/s", goal=None, better="higher"
+                )
             yield Row(
-                name=f"{size.name}: learner / bare loop, ZeRO {stage}",
-                value=ratio,
+                name=f"{size.name}: learner / bare loop"
+                + ("" if stage is None else f", ZeRO {stage} although one rank"),
+                value=statistics.median(theirs / mine for theirs, mine in rounds),
                 unit="ratio",
-                goal=GOAL if stage == 2 else None,
+                goal=GOAL if stage is None else None,
                 better="higher",
             )
 
@@ -285,8 +291,8 @@ def measure(quick: bool) -> Sequence[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=0, world_size=1)
         try:
-            rows = list(compare(TINY, (2,) if quick else (0, 1, 2, 3), 5 if quick else 15))
-            return rows + list(compare(LARGER, (2,), 3 if quick else 9))
+            rows = list(compare(TINY, () if quick else (1, 2, 3), 5 if quick else 15))
+            return rows + list(compare(LARGER, () if quick else (2,), 3 if quick else 9))
         finally:
             torch.distributed.destroy_process_group()
 
