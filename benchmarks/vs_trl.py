@@ -15,8 +15,8 @@ each is tried first.
 
 Steadyhelm runs ``vs_trl.yaml`` by the command line, with everything that a run always does (batches, commit log and
 weights in the store) but for checkpoints on the way, which TRL does not write either. It has what a user would give it
-on two cores: at k = 0, where generation and learning take turns, two engines and two ranks; at k = 1, where they
-overlap, one of each, and the correction by token. Micro-batches are 16, one thread in each process.
+on two cores: two engines and two ranks of one thread each, and micro-batches of 64; at k = 0 generation and learning
+take turns, at k = 1 they overlap, with the correction by token.
 
 The three take turns. Tokens per second are the completion tokens over the wall time of the iterations behind ``WARM``;
 ratios are of runs of the same round, and all figures medians over the rounds. ``--quick`` makes one short round with
@@ -173,13 +173,11 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> float:
 
 def ours(folder: Path, ahead: int, number: int, iterations: int, warm: int) -> Speed:
     """Runs Steadyhelm's side, ``ahead`` versions ahead. Raises RuntimeError where it fails."""
-    name, each = f"k{ahead}-{number}", 1 if ahead else 2
+    name = f"k{ahead}-{number}"
     settings: dict[str, object] = {
         "name": name,
         "model.path": folder / "model",
         "model.factory": "null",
-        "rollout.replicas": each,
-        "learner.replicas": each,
         "schedule.max_staleness": ahead,
         "schedule.iterations": iterations,
         "algorithm.correction.mode": "token" if ahead else "off",
