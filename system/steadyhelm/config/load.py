@@ -160,6 +160,7 @@ class RunFileSchema(GenerateJsonSchema):
     """JSON Schema as a Kubernetes resource can hold it: a tuple of one type is an array of that type."""
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> JsonSchemaValue:
+        """Called by pydantic for each tuple: ``items`` where all of its fields are of one type."""
         made = super().tuple_schema(schema)
         kinds = made.get("prefixItems", [])
         if kinds and all(kind == kinds[0] for kind in kinds):
