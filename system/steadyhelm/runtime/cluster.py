@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 
 from steadyhelm.config import RunFile
 from steadyhelm.errors import ResourceError
+from steadyhelm.runtime.folder import session_folder
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's shared memory. Only keys and small records pass through Ray, so its smallest useful size is plenty."""
@@ -76,19 +76,18 @@ def cluster(run: RunFile, address: str = "") -> Iterator[str]:
         except (ConnectionError, RuntimeError) as error:
             raise _no_cluster(address, error) from error
         try:
-            with tempfile.TemporaryDirectory(prefix="steadyhelm-ray-") as folder:
+            with session_folder() as folder:
                 yield folder
         finally:
             ray.shutdown()
         return
     _require_shared_memory()
-    folder = tempfile.mkdtemp(prefix="steadyhelm-ray-")
-    try:
-        _start_ray(run, folder)
-        yield folder
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    with session_folder() as folder:
+        try:
+            _start_ray(run, folder)
+            yield folder
+        finally:
+            ray.shutdown()
 
 
 def _start_ray(run: RunFile, folder: str) -> None:
