@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -112,20 +113,31 @@ def _processes(folder: Path, programs: Path) -> Iterator[Node]:
         _until_ready(started, process)
         yield started
     finally:
-        process.kill()
-        process.wait(timeout=60)
+        for init in _children(process):  # unshare reaps it, and ends
+            os.kill(init, signal.SIGKILL)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=60)
 
 
 def _child(process: subprocess.Popen[bytes]) -> int:
     """The first process inside."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.monotonic() + START_S
     while time.monotonic() < until and process.poll() is None:
-        found = children.read_text().split()
+        found = _children(process)
         if found:
-            return int(found[0])
+            return found[0]
         time.sleep(0.02)
     raise NoNodeError(f"unshare made no namespaces, and ended with {process.poll()}")
+
+
+def _children(process: subprocess.Popen[bytes]) -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 def _until_ready(started: Node, process: subprocess.Popen[bytes]) -> None:
