@@ -13,10 +13,12 @@ from typing import Any
 import kopf
 
 from steadyhelm_operator.api import GROUP, PLURAL, VERSION
+from steadyhelm_operator.client import login
 from steadyhelm_operator.controller import Controller
 
-WATCH_S = 300.0
-"""How long a watch lasts before it is made anew, where it was left off: no list is read again for it."""
+WATCH_S = 300
+"""How long a watch lasts before it is made anew, where it was left off: no list is read again for it. A whole number: the
+API server refuses others."""
 
 log = logging.getLogger("steadyhelm.operator")
 
@@ -24,6 +26,10 @@ log = logging.getLogger("steadyhelm.operator")
 def registry(controller: Controller) -> kopf.OperatorRegistry:
     """The handlers that feed ``controller``."""
     made = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=made, retries=5, backoff=2.0)
+    def signs_in(**_: Any) -> kopf.ConnectionInfo:
+        return login()
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=made)
     async def run_changed(event: kopf.RawEvent, **_: Any) -> None:

@@ -519,7 +519,7 @@ def changes(old: Status, new: Status) -> tuple[Notice, ...]:
     if new.phase != old.phase or (new.reason != old.reason and new.phase in _TELLING):
         text = f"{new.phase}: {new.message}" if new.message else f"{new.phase}."
         warning = new.phase == "Failed" or new.reason in _IN_THE_WAY
-        if not (warning and any(notice.reason == new.reason for notice in found)):
+        if not any(notice.reason == new.reason for notice in found):
             found.append(Notice(warning=warning, reason=new.reason or new.phase, message=text))
     return tuple(found)
 

@@ -280,7 +280,7 @@ def event(run: Desired, notice: Notice, when: datetime) -> Manifest:
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{run.name}.", "namespace": run.namespace},
+        "metadata": {"generateName": f"{run.name}-", "namespace": run.namespace},
         "type": "Warning" if notice.warning else "Normal",
         "reason": notice.reason,
         "note": notice.message[:1000],

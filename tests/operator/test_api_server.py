@@ -78,6 +78,8 @@ class Place:
         ends = time.monotonic() + seconds
         while not holds(status := self.status(name)):
             log = (self.folder / "operator.log").read_text()[-3000:]
+            alive = self.process is not None and self.process.poll() is None
+            assert alive, log
             assert time.monotonic() < ends, f"{json.dumps(status, indent=1)}\n{log}"
             time.sleep(0.3)
         return status
