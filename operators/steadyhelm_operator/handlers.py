@@ -17,8 +17,9 @@ from steadyhelm_operator.client import login
 from steadyhelm_operator.controller import Controller
 
 WATCH_S = 300
-"""How long a watch lasts before it is made anew, where it was left off: no list is read again for it. A whole number: the
-API server refuses others."""
+"""How long a watch lasts before it is made anew, where it was left off: no list is read again for it.
+
+The API server takes whole seconds only."""
 
 log = logging.getLogger("steadyhelm.operator")
 

@@ -83,7 +83,7 @@ def test_there_are_never_two_drivers_and_none_that_is_submitted_while_the_run_re
     assert len(world.submitted_to) == len(set(world.submitted_to))
 
 
-@tries
+@settings(tries, max_examples=60)
 @given(clusters, stories)
 def test_what_ever_happened_a_run_that_is_left_alone_reaches_its_end(cluster: dict[str, Any], story: list[str]):
     world = begun(cluster)
