@@ -48,6 +48,7 @@ def case(run, *operations, worlds=(1, 2), exact_stage=True):
 
 
 TWO = (["step", "1"], ["step", "2"], ["publish", None])
+NONFINITE_STAGES = (0, 2, 3)
 ONE = (["step", "1"], ["save", None])
 
 
@@ -83,6 +84,23 @@ def cases():
             ["publish", None],
             worlds=worlds,
         )
+    for stage in NONFINITE_STAGES:
+        name = f"nan-weights-{stage}"
+        found[name] = case(
+            run_file(zero_stage=stage),
+            ["save", None],
+            ["poison", f"${name}/0"],
+            ["restore", f"${name}/1"],
+            ["publish", None],
+            ["step", "1"],
+            ["publish", f"${name}/3"],
+            ["restore", f"${name}/0"],
+            *TWO,
+        )
+        name = f"inf-gradient-{stage}"
+        found[name] = case(
+            run_file(zero_stage=stage), ["publish", None], ["overflow", "1"], ["publish", f"${name}/0"], *TWO
+        )
     found |= {
         # of one rank at stage 2, taken up by two ranks at stage 3, and the other way round in memory layout
         "moved": case(run_file(zero_stage=3), ["restore", "@resume-2/1"], ["step", "2"], ["publish", None]),
@@ -97,17 +115,6 @@ def cases():
         ),
         "nan-reward": case(run_file(), ["publish", None], ["step", "nan-reward"], ["publish", "$nan-reward/0"], *TWO),
         "nan-logprobs": case(run_file(), ["step", "nan-logprobs"]),
-        "nan-weights": case(
-            run_file(zero_stage=3),
-            ["save", None],
-            ["poison", "$nan-weights/0"],
-            ["restore", "$nan-weights/1"],
-            ["publish", None],
-            ["step", "1"],
-            ["publish", "$nan-weights/3"],
-            ["restore", "$nan-weights/0"],
-            *TWO,
-        ),
         "strange-prefix": case(run_file(freeze=["visual"]), worlds=(1,)),
         "export": case(run_file(), ["step", "1"], ["publish", None], ["export", None], worlds=(1,)),
         "local": case({**run_file(zero_stage=3), "weights": {"type": "local"}}, ["publish", None]),

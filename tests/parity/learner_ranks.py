@@ -7,6 +7,7 @@ Answers go to ``FOLDER/answers-<world size>.json``: per case one answer per oper
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ def answer(learner, operation, argument, place):
     if operation == "step":
         served = learner.step(from_json(BatchManifest, script["manifests"][argument], "script"))
         return {"metrics": dict(served.metrics), "spans": [[s.name, s.computes] for s in served.spans]}
+    if operation == "overflow":
+        parameters = learner._training._engine.names  # a gradient of the first rank alone
+        hook = next(iter(parameters)).register_hook(lambda gradient: gradient * (math.inf if rank == 0 else 1.0))
+        try:
+            return answer(learner, "step", argument, place)
+        finally:
+            hook.remove()
     if operation == "publish":
         known = argument and from_json(WeightsRecord, argument, "script")
         served = learner.publish(PolicyVersion(iteration=1, attempt=1), place, known)

@@ -228,15 +228,33 @@ def test_an_engines_log_prob_that_is_no_number_stops_before_anything_is_applied(
     assert "log-probs of prompts 1:2 " in failed["message"]
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_loss_that_is_no_number_stops_all_ranks_and_leaves_nothing_behind(group, ranks):
-    _, _, _, before, failed, after, _, *steps, published = group.answers[ranks]["nan-weights"]
+def test_a_loss_that_is_no_number_stops_all_ranks_and_leaves_nothing_behind(group, ranks, stage):
+    _, _, _, before, failed, after, _, *steps, published = group.answers[ranks][f"nan-weights-{stage}"]
     assert failed["error"] == "NonFiniteError"
     assert "iteration 1: the loss of the optimiser step on prompts 1:0, " in failed["message"]
     assert after["record"] == before["record"]
     if ranks == 2:
-        assert group.other_rank["nan-weights"][4] == failed
-    clean = group.answers[ranks]["resume-3"]
+        assert group.other_rank[f"nan-weights-{stage}"][4] == failed
+    assert_clean(group, ranks, stage, steps, published)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_and_leaves_nothing_behind(group, ranks, stage):
+    before, failed, after, *steps, published = group.answers[ranks][f"inf-gradient-{stage}"]
+    assert failed["error"] == "NonFiniteError"
+    assert "iteration 1: the gradient of the optimiser step on prompts 1:" in failed["message"]
+    assert after["record"] == before["record"]
+    if ranks == 2:
+        assert group.other_rank[f"inf-gradient-{stage}"][1] == failed
+    assert_clean(group, ranks, stage, steps, published)
+
+
+def assert_clean(group, ranks, stage, steps, published):
+    """The two steps are those of a learner to which nothing ever happened."""
+    clean = group.answers[ranks][f"resume-{stage}"]
     assert [step["metrics"][names.LOSS] for step in steps] == [clean[n]["metrics"][names.LOSS] for n in (0, 2)]
     assert published["record"]["checksum"] == clean[3]["record"]["checksum"]
 
