@@ -257,6 +257,8 @@ class Controller:
 
     def _write(self, name: Name, body: dict[str, Any], run: Desired, decision: Decision) -> None:
         """Writes the status where it has changed; figures alone not each time. Raises ConflictError."""
+        if decision.status == run.status:
+            return
         old = body.get("status") or {}
         patch = resources.merge_patch(old, _written(decision.status))
         if not patch:

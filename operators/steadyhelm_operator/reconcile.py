@@ -403,7 +403,9 @@ class _Look:
                 return self.say(waiting, "ClusterMissing", text, WATCHED_S)
             self.act(CreateCluster(manifest=ray_cluster(self.desired, spec.cluster)))
             self.condition("ClusterReady", False, "Creating", "")
-            return self.say(waiting if self.status.attempts else "Provisioning", "CreatingCluster", "", SOON_S)
+            return self.say(
+                waiting if self.status.attempts else "Provisioning", "CreatingCluster", "its RayCluster is made", SOON_S
+            )
         if not self.usable(spec, cluster):
             return None
         retry_at = instant(self.status.retry_at)
