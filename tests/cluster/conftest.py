@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.api import Api
+from tests.cluster.api import Api, ApiError
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.node.machine import NoNodeError, node
 from tests.cluster.release import CHART, NAMESPACE, OPERATOR_CHART, OPERATOR_NAMESPACE, RELEASE, ROOT
@@ -77,11 +77,19 @@ def kuberay(kubernetes: Kubernetes) -> Iterator[str]:
     if kubernetes.api.get(RAY_CRD) is None:
         folder = Path(os.environ.get("STEADYHELM_KUBERAY_CRDS", Path(__file__).parent / "stand_in"))
         kubernetes.run("kubectl", "create", "-f", folder / "ray.io_rayclusters.yaml")
-    kubernetes.run("kubectl", "wait", "--for=condition=Established", "crd/rayclusters.ray.io", "--timeout=30s")
+    kubernetes.until(lambda: _served(kubernetes.api), "RayClusters are served", seconds=60)
     log = (kubernetes.folder / "stand_in.log").open("wb")
     command = [sys.executable, "-m", "tests.cluster.stand_in", str(kubernetes.api.proxy)]
     with log, _ended(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)):
         yield "stand-in"
+
+
+def _served(api: Api) -> bool:
+    """Whether the API server has taken the new kind up."""
+    try:
+        return api.get("/apis/ray.io/v1/rayclusters") is not None
+    except ApiError:
+        return False
 
 
 @pytest.fixture(scope="session")
