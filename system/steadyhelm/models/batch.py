@@ -73,11 +73,6 @@ class ModelBatch:
     lengths: torch.Tensor
     starts: torch.Tensor | None = None
 
-    @property
-    def num_completion_tokens(self) -> int:
-        """Completion tokens of all rows."""
-        return int(self.completion_mask.sum())
-
     def to(self, device: str | torch.device) -> ModelBatch:
         """The same batch on ``device``."""
         return ModelBatch(

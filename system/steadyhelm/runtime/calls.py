@@ -40,7 +40,11 @@ async def answer(call: Awaitable[T], *, of: str, deadline_s: float, notice_s: fl
                 return task.result()
             waited = time.monotonic() - started
             if waited >= deadline_s:
-                raise DeadlineError(f"No answer from {of} within its deadline of {deadline_s:g} s.")
+                raise DeadlineError(
+                    f"No answer from {of} within its deadline of {deadline_s:g} s: look at what its process does, or "
+                    "give it longer by the run file's rollout.deadline_s, runtime.start_deadline_s or "
+                    "runtime.step_deadline_s"
+                )
             tell(Notice(text=f"waiting for {of} since {waited:.0f} s (deadline {deadline_s:g} s)"))
     except ray_errors.RayActorError as error:
         raise EngineLostError(f"The process of {of} is gone: {_first_line(error)}") from error

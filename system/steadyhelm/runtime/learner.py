@@ -54,7 +54,6 @@ class LearnerGroup:
         self._tell = tell
         self._mailbox: Any = None
         self._over: asyncio.Future[BaseException | None] | None = None
-        self._thread: threading.Thread | None = None
         self._joined = False
         self._lacks = ""
 
@@ -75,8 +74,7 @@ class LearnerGroup:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(over.set_result, error)
 
-        self._thread = threading.Thread(target=fit, name="learner-group", daemon=True)
-        self._thread.start()
+        threading.Thread(target=fit, name="learner-group", daemon=True).start()
 
     async def ready(self, factory: RankFactory) -> None:
         """Returns once all ranks are there and have built their learners, as those of later groups will.

@@ -34,9 +34,7 @@ IMAGES = "images"
 """The folder of images, beside the runs."""
 
 _SHARD = re.compile(r"(batches|eval)/(\d{6,})/(\d+)-(\d{4,})\.(rollout|reference|reward)")
-_LOG = re.compile(r"log/(\d{8,})")
 _VERSION = re.compile(r"(?:weights|checkpoints)/(\d{6,})\.(\d+)(?:/.*)?")
-_METRICS = re.compile(r"metrics/(\d+)-(\d+)\.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,19 +147,10 @@ class RunLayout:
             evaluation=folder == "eval",
         )
 
-    def parse_log_entry(self, key: str) -> int:
-        """The number of the log entry of that key. Raises StoreError for another key."""
-        return int(self._match(_LOG, key, "a log entry")[0])
-
     def parse_version(self, key: str) -> PolicyVersion:
         """The policy version that an object of weights or of a checkpoint belongs to. Raises StoreError."""
         iteration, attempt = self._match(_VERSION, key, "weights or a checkpoint")
         return PolicyVersion(iteration=int(iteration), attempt=int(attempt))
-
-    def parse_metrics(self, key: str) -> tuple[int, int]:
-        """Attempt and number of a metrics segment. Raises StoreError for another key."""
-        attempt, segment = self._match(_METRICS, key, "a metrics segment")
-        return int(attempt), int(segment)
 
     def _match(self, pattern: re.Pattern[str], key: str, what: str) -> tuple[str, ...]:
         run, _, rest = key.partition("/")

@@ -24,10 +24,8 @@ def test_names_are_read_back():
         name = ShardName(iteration=1_234_567, attempt=12, shard=12_345, kind=kind)
         assert DIGITS.parse_shard(DIGITS.shard(1_234_567, 12, 12_345, kind)) == name
     assert DIGITS.parse_shard(DIGITS.eval_shard(1, 2, 3)).evaluation
-    assert DIGITS.parse_log_entry("digits/log/00000007") == 7
     assert DIGITS.parse_version(DIGITS.weights(VERSION) + "/anchor-0000.safetensors") == VERSION
     assert DIGITS.parse_version(DIGITS.checkpoint(VERSION)) == VERSION
-    assert DIGITS.parse_metrics("digits/metrics/2-5.jsonl") == (2, 5)
 
 
 @pytest.mark.parametrize("key", ["other/batches/000001/1-0000.rollout", "digits/batches/1/1-0000.rollout", "digits"])

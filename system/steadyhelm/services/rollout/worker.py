@@ -267,14 +267,6 @@ class RolloutWorker:
         paused = sum(span.end_s - span.start_s for span in spans if span.name == "swap weights")
         return Served(value=None, spans=tuple(spans), metrics={names.WEIGHTS_PAUSE_SECONDS: paused})
 
-    async def health(self) -> None:
-        """Returns where the engine can serve. Raises EngineLostError."""
-        await self._engine.health()
-
-    async def drain(self, deadline_s: float) -> None:
-        """Takes no new orders and returns once those in flight are done. Raises DeadlineError."""
-        await self._engine.drain(deadline_s)
-
     async def close(self) -> None:
         """Ends the engine. A worker is of no use afterwards."""
         await self._engine.close()
