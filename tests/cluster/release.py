@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.cluster.api import Manifest
+from tests.cluster.api import ApiError, Manifest
 from tests.cluster.kubernetes import Kubernetes, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,15 @@ def token(kubernetes: Kubernetes) -> str:
     secret = kubernetes.api.get(f"/api/v1/namespaces/{NAMESPACE}/secrets/{RELEASE}")
     assert secret is not None
     return base64.b64decode(secret["data"]["auth_token"]).decode()
+
+
+def api_answers(kubernetes: Kubernetes) -> bool:
+    """Whether the Ray API says anything: it begins to some seconds after the head's pod is ready."""
+    try:
+        kubernetes.api.call("GET", f"{HEAD}/api/jobs/")
+    except ApiError as error:
+        return error.code in (401, 403)
+    return True
 
 
 def pods(kubernetes: Kubernetes, group: str) -> list[Manifest]:

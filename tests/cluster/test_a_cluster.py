@@ -10,7 +10,18 @@ import yaml
 
 from tests.cluster.api import ApiError
 from tests.cluster.kubernetes import Kubernetes
-from tests.cluster.release import CHART, HEAD, NAMESPACE, RELEASE, one_running, pods, smoke_run, steadyhelm, token
+from tests.cluster.release import (
+    CHART,
+    HEAD,
+    NAMESPACE,
+    RELEASE,
+    api_answers,
+    one_running,
+    pods,
+    smoke_run,
+    steadyhelm,
+    token,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
@@ -81,6 +92,7 @@ def test_a_submitted_run_outlives_its_rollout_pod_and_its_head(kubernetes: Kuber
     file.write_text(yaml.safe_dump(smoke_run("story", iterations=200)))
     worker, head = (one_running(kubernetes, group)["metadata"]["name"] for group in ("rollout", "headgroup"))
 
+    kubernetes.until(lambda: api_answers(kubernetes), "the Ray API answers", seconds=120, namespace=NAMESPACE)
     steadyhelm(kubernetes, "submit", file, "--detach")
     reached(kubernetes, iteration=2, phase="running")
 
@@ -93,6 +105,7 @@ def test_a_submitted_run_outlives_its_rollout_pod_and_its_head(kubernetes: Kuber
     one_running(kubernetes, "headgroup", apart=head)
     for group in ("learner", "reward", "rollout"):
         one_running(kubernetes, group)
+    kubernetes.until(lambda: api_answers(kubernetes), "the Ray API answers", seconds=120, namespace=NAMESPACE)
     # Nobody resubmits without the operator; a user does, by the same command.
     steadyhelm(kubernetes, "submit", file, "--detach", "--take-over")
     again = reached(kubernetes, iteration=so_far + 3, phase="running")
