@@ -184,23 +184,25 @@ def test_chunks_of_the_output_layer_change_neither_numbers_nor_gradient(
 
 
 @pytest.mark.parametrize("with_images", [True, False])
-def test_packing_changes_neither_numbers_nor_gradient(
+def test_packing_and_the_side_of_padding_change_neither_numbers_nor_gradient(
     tiny_model: Path, encoder: PromptEncoder, with_images: bool
 ) -> None:
-    batch = collate(rows_of(encoder, with_images), encoder, pad_side="left")
-    packed = pack(batch)
-    assert packed.input_ids.shape == (1, int(batch.attention_mask.sum()))
+    left, right = (collate(rows_of(encoder, with_images), encoder, pad_side=side) for side in ("left", "right"))
+    packed = pack(left)
+    assert not torch.equal(left.attention_mask, right.attention_mask)
+    assert packed.input_ids.shape == (1, int(left.attention_mask.sum()))
     found = []
-    for form in (batch, packed):
+    for form in (left, right, packed):
         model = load_model(tiny_model, dtype="float32")
         logprobs, entropy, mask = completion_logprobs(model, form, temperature=1.0, banned_ids=encoder.banned_ids)
         (logprobs * torch.arange(logprobs.shape[1])).sum().backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         found.append((logprobs.detach(), entropy, mask, gradient))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
-    assert torch.equal(found[0][2], found[1][2])
-    assert (found[0][3] - found[1][3]).norm() / found[0][3].norm() < 1e-5
+    for other in found[1:]:
+        torch.testing.assert_close(found[0][0], other[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[0][1], other[1], rtol=0, atol=1e-5)
+        assert torch.equal(found[0][2], other[2])
+        assert (found[0][3] - other[3]).norm() / found[0][3].norm() < 1e-5
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path, encoder: PromptEncoder) -> None:
