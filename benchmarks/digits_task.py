@@ -55,7 +55,7 @@ def seed_figures(seed: int, folder: Path) -> dict[str, float]:
 
 
 def measure(quick: bool) -> list[table.Row]:
-    """Medians over the seeds, with the issue's goals, and each seed's accuracy."""
+    """Medians over the seeds with their goals, and each seed's accuracy."""
     if quick:
         with tempfile.TemporaryDirectory() as folder:
             cost = whole_runs.steadyhelm("sft", "digits_sft.yaml", {"schedule.iterations": 2, "store.uri": folder})
