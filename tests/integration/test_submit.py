@@ -159,9 +159,8 @@ def test_a_run_is_sent_found_left_stopped_and_gone_on_with(head: Head):
     log = lambda: CommitLog.read(head.store, "sent-transformers")  # noqa: E731
     words = head.folder.parent / "first.txt"
     with words.open("w") as output:
-        first = subprocess.Popen(
-            head.submit(), env=head.environment, stdout=output, stderr=subprocess.STDOUT, text=True
-        )
+        command = ["env", "--default-signal=INT", *head.submit()]  # else a test run in the background ignores it
+        first = subprocess.Popen(command, env=head.environment, stdout=output, stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: log().last_iteration >= 1, first, words)
     head.hold.touch()  # the reward of some later batch waits: the run stands still
     again = head.done(head.submit("--detach"))
