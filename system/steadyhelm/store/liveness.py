@@ -26,7 +26,7 @@ from steadyhelm.telemetry import EventSink
 
 LOCKS = ".locks"
 """Folder of the lock files under a local store's root; the dot keeps it out of listings."""
-LOOKS, LOOK_S = 3, 0.05
+LOOKS, LOOK_S = 20, 0.05
 """How often, and after how many seconds, a lock that is held is tried again: somebody who looks whether the run is
 driven holds it for a moment."""
 
