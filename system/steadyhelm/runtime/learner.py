@@ -17,11 +17,11 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord
-from steadyhelm.errors import DeadlineError, FatalError, LearnerLostError
+from steadyhelm.errors import FatalError, LearnerLostError
 from steadyhelm.runtime import process_group
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.mailbox import Command, Mailbox, Outcome
-from steadyhelm.runtime.placement import HEAD, asked, place, ranks_lack, watched
+from steadyhelm.runtime.placement import HEAD, asked, place, placed, ranks_lack
 from steadyhelm.services import Served
 from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
@@ -55,7 +55,6 @@ class LearnerGroup:
         self._mailbox: Any = None
         self._over: asyncio.Future[BaseException | None] | None = None
         self._joined = False
-        self._lacks = ""
 
     def launch(self) -> None:
         """Starts the group; ``ready`` awaits it. Must be called inside the event loop that will await it."""
@@ -82,25 +81,14 @@ class LearnerGroup:
         Raises DeadlineError, FatalError, and what ``factory`` raises in a rank.
         """
         self._factory = factory
-        looks = asyncio.create_task(
-            watched(partial(ranks_lack, self._resources(), self._run.learner.replicas), self._say)
-        )
-        try:
+        with placed(partial(ranks_lack, self._resources(), self._run.learner.replicas), self._say):
             deadline_s = self._run.runtime.start_deadline_s
             await self._await(self._mailbox.ready.remote(), "the learner group's start", deadline_s)
-        except DeadlineError as error:
-            if not self._lacks:
-                raise
-            raise DeadlineError(f"{error} It finds no room: {self._lacks}.") from error
-        finally:
-            looks.cancel()
-            self._lacks = ""
         self._joined = True
         await self._build()
 
     def _say(self, lacks: str) -> None:
         """Tells what the group finds no room for, or that it has found some."""
-        self._lacks = lacks
         self._tell(ServiceState(service="learner", state="starts", since_s=time.monotonic(), lacks=lacks))
         text = f"the learner finds no room: {lacks}" if lacks else "the learner has room"
         self._tell(Notice(text=text, level="warning" if lacks else "info"))

@@ -8,12 +8,15 @@ one too, which an autoscaler may fill. Elsewhere, and on a laptop, actors go whe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 from ray._private.state import state
 from ray.actor import ActorHandle
+
+from steadyhelm.errors import DeadlineError
 
 PREFIX = "pool_"
 """Beginning of the names of pools' resources."""
@@ -107,6 +110,27 @@ def nodes() -> list[Node]:
     """The living nodes of the cluster that this process has joined."""
     free = state.available_resources_per_node()
     return [Node(total=node["Resources"], free=free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def placed(look: Callable[[], str], say: Callable[[str], None]) -> Iterator[None]:
+    """While the body waits for a place, ``say`` is told what ``look`` finds lacking; so is its DeadlineError."""
+    lacks = ""
+
+    def heard(found: str) -> None:
+        nonlocal lacks
+        lacks = found
+        say(found)
+
+    looks = asyncio.create_task(watched(look, heard))
+    try:
+        yield
+    except DeadlineError as error:
+        if not lacks:
+            raise
+        raise DeadlineError(f"{error} It finds no room: {lacks}.") from error
+    finally:
+        looks.cancel()
 
 
 async def watched(look: Callable[[], str], say: Callable[[str], None]) -> None:

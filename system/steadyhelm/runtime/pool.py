@@ -29,7 +29,7 @@ from steadyhelm.runtime.actors import Factory
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.load import LoadMeter
 from steadyhelm.runtime.nodes import POLL_S
-from steadyhelm.runtime.placement import watched
+from steadyhelm.runtime.placement import placed
 from steadyhelm.runtime.routing import Candidate, Memory, Work, choose
 from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
@@ -293,7 +293,7 @@ class Pool:
         assert self._factory is not None
         factory = partial(self._factory, member.slot) if self.by_slot else self._factory
         call = member.actor.start.remote(factory)
-        with self._placed(member):
+        with self._placing(member):
             member.node = str(await self.ask(member, call, "start", self.start_deadline_s))
         if self.prepare is not None:
             await self.prepare(member)
@@ -302,7 +302,7 @@ class Pool:
         await self._notify()
 
     @contextlib.contextmanager
-    def _placed(self, member: Member) -> Iterator[None]:
+    def _placing(self, member: Member) -> Iterator[None]:
         """Tells meanwhile, and in a DeadlineError, what the member finds no room for."""
 
         def say(lacks: str) -> None:
@@ -311,16 +311,10 @@ class Pool:
             text = f"{self.service} {member.number} finds no room: {lacks}" if lacks else f"{self.service} has room"
             self.tell(Notice(text=text, level="warning" if lacks else "info"))
 
-        looks = asyncio.create_task(watched(partial(self.lacks, member.actor), say)) if self.lacks else None
         try:
-            yield
-        except DeadlineError as error:
-            if not member.lacks:
-                raise
-            raise DeadlineError(f"{error} It finds no room: {member.lacks}.") from error
+            with placed(partial(self.lacks, member.actor), say) if self.lacks else contextlib.nullcontext():
+                yield
         finally:
-            if looks is not None:
-                looks.cancel()
             member.lacks = ""
 
     async def _join(self, member: Member) -> None:
