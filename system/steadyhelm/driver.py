@@ -99,9 +99,7 @@ def run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink, boa
     """
     board = board or StatusBoard()
     with status.served(board, tell) as told:
-        code = _run(run_file, base, options, told, board)
-    board.ended(code)
-    return code
+        return _run(run_file, base, options, told, board)
 
 
 def _run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink, board: StatusBoard) -> int:
@@ -116,6 +114,7 @@ def _run(run_file: RunFile, base: Path, options: RunOptions, tell: EventSink, bo
         log = take_over(run_file, store, layout.run, options.accept_changes)
         if log is None:
             board.note(iteration=iterations)
+            board.ended(0)
             told(Notice(text=f"Run {layout.run} in {store.uri} is finished. Start another one with --new."))
             return 0
         with status.kept(board, store, layout, log):
