@@ -167,8 +167,7 @@ def _structural(node: Schema, definitions: Mapping[str, Schema]) -> Schema:
         made["additionalProperties"] = _structural(node["additionalProperties"], definitions)
     elif made.get("type") == "object":
         made["x-kubernetes-preserve-unknown-fields"] = True
-    text = _described(node.get("description", ""), _default(node))
-    return ({"description": text} if text else {}) | made
+    return _told(node) | made
 
 
 def _resolved(node: Schema, definitions: Mapping[str, Schema]) -> Schema:
@@ -214,8 +213,7 @@ def _union(node: Schema, definitions: Mapping[str, Schema]) -> Schema:
             rules.append((f"!({_is(needing)}) || has(self.{name})", f"type {_or(needing)} needs {name}"))
     made: Schema = {"type": "object", "properties": properties, "required": needed_by_all}
     _ruled(made, rules)
-    text = _described(node.get("description", ""), _default(node))
-    return ({"description": text} if text else {}) | made
+    return _told(node) | made
 
 
 def _merged(name: str, found: Mapping[str, Schema]) -> tuple[Schema, list[Rule]]:
@@ -270,8 +268,11 @@ def _default(node: Schema) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _described(text: str, default: str) -> str:
-    return _words(text) + (f" Default: {default}." if default else "")
+def _told(node: Schema) -> Schema:
+    """The description of ``node``, with its default; nothing where there is neither."""
+    default = _default(node)
+    text = _words(node.get("description", "")) + (f" Default: {default}." if default else "")
+    return {"description": text} if text else {}
 
 
 def _words(text: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
+from steadyhelm.jobs import ENDED, JobState
 from steadyhelm.telemetry.status import RunStatus
 
 from steadyhelm_operator.api import Spec, Status
@@ -88,14 +89,14 @@ class ClusterView:
 class JobView:
     """A job of the Ray Jobs API; ``exit_code`` is None where its driver left none."""
 
-    status: Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+    status: JobState
     message: str = ""
     exit_code: int | None = None
 
     @property
     def ended(self) -> bool:
         """Whether its driver is gone."""
-        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+        return self.status in ENDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

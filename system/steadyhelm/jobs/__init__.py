@@ -4,7 +4,7 @@ A run is a job for each of its attempts: ``submission_id``. Whoever asks for the
 there, so every call may be repeated.
 """
 
-from steadyhelm.jobs.client import ENDED, Job, JobRequest, Jobs, entrypoint, patiently, submission_id
+from steadyhelm.jobs.client import ENDED, Job, JobRequest, Jobs, JobState, entrypoint, patiently, submission_id
 from steadyhelm.jobs.token import api_token
 
-__all__ = ["ENDED", "Job", "JobRequest", "Jobs", "api_token", "entrypoint", "patiently", "submission_id"]
+__all__ = ["ENDED", "Job", "JobRequest", "JobState", "Jobs", "api_token", "entrypoint", "patiently", "submission_id"]
