@@ -1,10 +1,11 @@
-"""Any values of a chart: a Hypothesis strategy from the part of JSON Schema that the charts' schemas use."""
+"""A chart's schema of values: whether it is closed, and any values by it, as a Hypothesis strategy."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hypothesis import strategies as st
+from jsonschema import Draft7Validator
 
 Schema = dict[str, Any]
 NOTHING: Mapping[str, Any] = {}
@@ -62,3 +63,30 @@ def _object(schema: Schema, root: Schema, chart: Mapping[str, Any]) -> st.Search
         {name: part for name, part in parts.items() if name in needed},
         optional={name: part for name, part in parts.items() if name not in needed},
     )
+
+
+def closed_parts(schema: dict[str, Any]) -> int:
+    """How many parts a chart's schema of values has, each of which leaves nothing open."""
+    Draft7Validator.check_schema(schema)
+    found = list(schemas(schema))
+    for part in found:
+        match part["type"]:
+            case "object":
+                assert part.get("additionalProperties") is False or "propertyNames" in part, part
+            case "string":
+                assert re.fullmatch(r"\^.*\$", part["pattern"]), part
+            case "integer":
+                assert {"minimum", "maximum"} <= part.keys(), part
+    return len(found)
+
+
+def schemas(part: Any) -> Iterator[dict[str, Any]]:
+    """Every schema in a schema."""
+    if isinstance(part, dict):
+        if "type" in part and isinstance(part["type"], str):
+            yield part
+        for each in part.values():
+            yield from schemas(each)
+    elif isinstance(part, list):
+        for each in part:
+            yield from schemas(each)

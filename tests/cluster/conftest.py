@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from steadyhelm_operator.testing.server import ended
 
 from tests.cluster.api import Api, ApiError
 from tests.cluster.kubernetes import Kubernetes
@@ -25,19 +26,6 @@ def _fetched(script: str) -> Path:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-4000:]
     return Path(done.stdout.strip())
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(timeout=10)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +50,7 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]
         proxy = folder / "api"
         found = Kubernetes(api=Api(proxy), kubeconfig=kubeconfig, inside=inside, folder=folder, programs=programs)
         serve = found.command("kubectl", "proxy", f"--unix-socket={proxy}")
-        stack.enter_context(_ended(subprocess.Popen(serve, env=found.environment, stdout=subprocess.DEVNULL)))
+        stack.enter_context(ended(subprocess.Popen(serve, env=found.environment, stdout=subprocess.DEVNULL)))
         found.until(proxy.exists, "kubectl proxy listens", seconds=30)
         yield found
 
@@ -80,7 +68,7 @@ def kuberay(kubernetes: Kubernetes) -> Iterator[str]:
     kubernetes.until(lambda: _served(kubernetes.api), "RayClusters are served", seconds=60)
     log = (kubernetes.folder / "stand_in.log").open("wb")
     command = [sys.executable, "-m", "tests.cluster.stand_in", str(kubernetes.api.proxy)]
-    with log, _ended(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)):
+    with log, ended(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)):
         yield "stand-in"
 
 
