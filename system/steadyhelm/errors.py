@@ -189,3 +189,9 @@ def reason_of(error: BaseException) -> str:
             return "DiskFull"
         cause = getattr(cause, "cause", None) or getattr(cause, "__cause__", None)
     return error.reason if isinstance(error, SteadyhelmError) else "Bug"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -9,6 +9,7 @@ import torch
 from steadyhelm.errors import CorruptObjectError, ObjectMissingError
 from steadyhelm.testing.memory_store import MemoryStore
 from steadyhelm.weights import WeightSync, local
+from steadyhelm.weights.broadcast import BroadcastWeights
 from steadyhelm.weights.layout import Layout
 from steadyhelm.weights.local import LocalWeights
 from steadyhelm.weights.share import Share
@@ -20,6 +21,7 @@ WAYS: dict[str, Callable[[MemoryStore, Share | None], WeightSync]] = {
     "anchors": lambda store, share: StoreWeights(store, anchor_every=1, share=share),
     "deltas": lambda store, share: StoreWeights(store, anchor_every=4, share=share),
     "shared memory": lambda store, share: LocalWeights(store, share=share),
+    "broadcast": lambda store, share: BroadcastWeights(store, share=share),
 }
 
 

@@ -13,7 +13,11 @@ from tests.integration.conftest import RUN
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(900)]
 
 ENGINES = "batch: 4}, replicas: 2"
-ONE_ENGINE = RUN.replace(ENGINES, "batch: 4}, replicas: 1")
+ONE_ENGINE = RUN.replace(ENGINES, "batch: 4}, replicas: 1") + "weights: {type: broadcast}\n"
+SCALED = (
+    RUN.replace(ENGINES, "batch: 4}, scaling: {max: 2, settle: 1, learner_wait: 0.01}") + "weights: {type: local}\n"
+)
+"""However weights travel: the undisturbed run's go through the store."""
 DRIVER = '''
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -104,7 +108,7 @@ def test_engines_added_killed_and_drained_leave_the_numbers_as_they_are(make_run
 
 
 def test_the_policy_adds_an_engine_and_whoever_watches_sees_why(make_run, undisturbed):
-    run = make_run("scaled", RUN.replace(ENGINES, "batch: 4}, scaling: {max: 2, settle: 1, learner_wait: 0.01}"))
+    run = make_run("scaled", SCALED)
     run.start()
     assert run.finish() == 0, run.text()
     assert run.exact_metrics() == undisturbed.exact_metrics()

@@ -33,7 +33,7 @@ def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_beh
 
 def test_killed_actors_and_a_killed_rank_are_replaced_while_the_run_goes_on(make_run, undisturbed):
     run = make_run()
-    run.start("--set", "runtime.wait_notice_s=2")
+    run.start("--set", "runtime.wait_notice_s=2", "--set", "weights.type=broadcast")
     run.wait_for(lambda log: log.last_iteration >= 1)
     run.kill(run.pid_of("ray::RolloutActor"))
     scorers = run.pids_of("ray::ScorerActor")

@@ -29,5 +29,16 @@ class LocalTransport(Part):
     """Discriminator."""
 
 
-Weights = Annotated[StoreTransport | LocalTransport, Field(discriminator="type")]
+class BroadcastTransport(Part):
+    """Whole weights by collectives, from each learner rank to all engines at a time, for a fast network.
+
+    Engines connect to the learner's ranks, on any port. Nothing but a notice goes to the store; a run that is resumed
+    publishes anew.
+    """
+
+    type: Literal["broadcast"] = "broadcast"
+    """Discriminator."""
+
+
+Weights = Annotated[StoreTransport | LocalTransport | BroadcastTransport, Field(discriminator="type")]
 """How weights travel; ``type`` says which way."""

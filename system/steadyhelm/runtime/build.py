@@ -146,7 +146,7 @@ def learner(place: RunPlace, rank: int, world_size: int) -> Any:
 
     _threads(place.run)
     spec = LearnerSpec(run=place.run, model_folder=place.folder(), store_uri=place.store_uri)
-    return LearnerRank(spec, rank, world_size)
+    return LearnerRank(spec, rank, world_size, host=ray.util.get_node_ip_address())
 
 
 def _device(run: RunFile) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ray import exceptions as ray_errors
 
-from steadyhelm.errors import DeadlineError, EngineLostError, FatalError, SteadyhelmError
+from steadyhelm.errors import DeadlineError, EngineLostError, FatalError, SteadyhelmError, first_line
 from steadyhelm.telemetry import EventSink, Notice
 
 T = TypeVar("T")
@@ -47,21 +47,16 @@ async def answer(call: Awaitable[T], *, of: str, deadline_s: float, notice_s: fl
                 )
             tell(Notice(text=f"waiting for {of} since {waited:.0f} s (deadline {deadline_s:g} s)"))
     except ray_errors.RayActorError as error:
-        raise EngineLostError(f"The process of {of} is gone: {_first_line(error)}") from error
+        raise EngineLostError(f"The process of {of} is gone: {first_line(error)}") from error
     except ray_errors.RayTaskError as error:
         if isinstance(error.cause, SteadyhelmError):
             raise error.cause from None
         raise FatalError(f"{of} failed: {type(error.cause).__name__}: {error.cause}\n{error}") from error
     except ray_errors.RayError as error:
-        raise FatalError(f"{of} failed: {_first_line(error)}") from error
+        raise FatalError(f"{of} failed: {first_line(error)}") from error
     finally:
         task.cancel()
 
 
 async def _result(call: Awaitable[T]) -> T:
     return await call
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

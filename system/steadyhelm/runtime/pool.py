@@ -334,7 +334,7 @@ class Pool:
         if member.stage is Stage.GONE:
             return
         self._remove(member)
-        retryable = isinstance(error, EngineLostError | DeadlineError)
+        retryable = isinstance(error, RetryableError)
         if serving := len(self.serving):
             if self.room is None:
                 text = (

@@ -135,7 +135,11 @@ class Rollout(Protocol):
         ...
 
     async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
-        """Returns once every serving engine has ``weights``. Raises CorruptObjectError, DeadlineError."""
+        """Returns once every serving engine has ``weights``.
+
+        Raises CorruptObjectError, ObjectMissingError, DeadlineError; LearnerLostError where a learner rank that has to
+        send them does not.
+        """
         ...
 
 

@@ -28,6 +28,7 @@ from steadyhelm.store.images import get_image
 from steadyhelm.store.records import from_json, to_json
 from steadyhelm.telemetry import collect, span
 from steadyhelm.telemetry import metrics as names
+from steadyhelm.weights.broadcast import LOOPBACK
 from steadyhelm.weights.named import named_weights
 from steadyhelm.weights.share import Share
 from steadyhelm.weights.transports import make_sync
@@ -57,12 +58,18 @@ class LearnerRank:
 
     All ranks make the same calls in the same order; all answer alike, rank 0's spans are the ones to keep.
 
+    Args:
+        spec: what every rank is built from.
+        rank: this rank's number.
+        world_size: how many there are.
+        host: the address under which engines reach this rank.
+
     Raises:
         ConfigError: the run file asks for what the learner cannot do.
         ModelError: the model folder cannot be used.
     """
 
-    def __init__(self, spec: LearnerSpec, rank: int, world_size: int) -> None:
+    def __init__(self, spec: LearnerSpec, rank: int, world_size: int, *, host: str = LOOPBACK) -> None:
         run = spec.run
         self._spec = spec
         self._rank = rank
@@ -88,7 +95,9 @@ class LearnerRank:
         self._training = Training(self._engine, self._encoder, run)
         dtype = DTYPES[run.model.dtype]
         self._share = Share(layout=self._engine.layout(dtype), index=rank, count=world_size, exchange=_exchange)
-        self._weights = make_sync(run.weights, self._store, dtype=dtype, threads=run.runtime.threads, share=self._share)
+        self._weights = make_sync(
+            run.weights, self._store, dtype=dtype, threads=run.runtime.threads, share=self._share, host=host
+        )
         self._pristine = True
 
     def restore(self, record: CheckpointRecord | None) -> Served[None]:
