@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from steadyhelm.config.algorithm import Algorithm, Filter, PreClip
+from steadyhelm.config.algorithm import Algorithm, Filter, Kl, PreClip
 from steadyhelm.config.load import diff_run_files, load_run_file
 from steadyhelm.errors import ConfigError
 
@@ -320,6 +320,15 @@ def test_setting_the_type_of_a_default_list_element_gives_that_variants_own_defa
     assert run_file.reward.terms[1].mode == "release"
     sets = ("reward.terms.1={type: format}", "reward.terms.0.type=choice", "reward.terms.2.weight=1")
     assert [term.weight for term in load(folder, (terms, ""), sets=sets).reward.terms] == [1.0, 0.5, 1.0]
+
+
+def test_a_part_given_in_part_keeps_the_defaults_of_where_it_stands(folder: Path):
+    samples = ("replicas: 1}", "replicas: 1, samples_per_prompt: 2}")
+    edit = ("{type: stable_reinforce, beta: 0.0, filter: {k: 3.0}, clip: 0.2}", "{type: grpo, kl: {estimator: k1}}")
+    assert load(folder, edit, samples).algorithm.kl == Kl(estimator="k1", placement="loss")
+    edit = (edit[0], "{type: reinforce_pp, pre_clip: {max: 9}, filter: {mode: paper}}")
+    algorithm = load(folder, edit).algorithm
+    assert (algorithm.pre_clip, algorithm.filter) == (PreClip(enabled=False, max=9), Filter())
 
 
 def test_opening_a_part_whose_default_is_not_its_classs_keeps_what_the_override_does_not_name(folder: Path):
