@@ -23,7 +23,7 @@ LARGE_S = 20.0
 """How long the large iteration has to take for its share to count."""
 
 
-def iterations(folder: Path, prompts: int, train_batch: int, count: int) -> list[dict[str, float]]:
+def iterations(folder: Path | str, prompts: int, train_batch: int, count: int) -> list[dict[str, float]]:
     """Metrics of each iteration of a short run, the first left out. Raises RuntimeError where the run fails."""
     settings = {
         "name": f"n{prompts}",

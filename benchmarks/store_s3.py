@@ -2,7 +2,9 @@
 
 Bare means: the very bytes of the encoded shards, ``put_object`` and ``get_object`` of one boto3 client with its
 defaults from as many threads, and boto3's own parallel transfer for large objects; no checksum of ours, no conditions.
-Plane and bare client take turns, each on objects of its own; the figure is the ratio of their times.
+Plane and bare client take turns, each on objects of its own; the figure is the ratio of their times. The last row is of
+a whole run over that server: how much of an iteration the learner waits for its batch's objects and for micro-batches
+made of them.
 
 The server is the one that STEADYHELM_TEST_S3_ENDPOINT names (bucket STEADYHELM_TEST_S3_BUCKET), otherwise versitygw on
 this machine, which then shares its cores with both clients.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import statistics
 import subprocess
 import tempfile
 import uuid
@@ -25,9 +28,11 @@ import boto3
 import numpy as np
 from batch_plane import DIGITS, R1_REWARD, alternate, shard
 from botocore.config import Config
+from overhead import iterations
 from steadyhelm.data.types import ObjectRef
 from steadyhelm.store import LocalStore, ObjectStore, open_store
 from steadyhelm.store.codec import decode_rollout, encode_rollout
+from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.s3_server import CREDENTIALS, ONE_AT_A_TIME, make_bucket, s3_server
 from table import Row, main
 
@@ -38,6 +43,9 @@ SHARDS = 16
 LARGE_BYTES = 64 << 20
 """Size of a large object, as weights and checkpoints have them."""
 GOAL = 0.70
+RUN_ROLLOUTS = 256
+RUN_ITERATIONS = 21
+INPUT_GOAL = 0.01
 VERSITYGW = Path(__file__).resolve().parents[1] / ".ci" / "versitygw"
 
 
@@ -197,8 +205,16 @@ def large(store: ObjectStore, bare: Bare, turns: int) -> list[Row]:
     ]
 
 
+def input_wait(uri: str) -> Row:
+    """The learner's wait for what it steps on, in a run of the digits task whose store is ``uri``."""
+    found = iterations(uri, RUN_ROLLOUTS, RUN_ROLLOUTS // 2, RUN_ITERATIONS)
+    share = statistics.median(line[names.INPUT_WAIT] for line in found)
+    name = f"the learner's wait for its input / an iteration of {RUN_ROLLOUTS} rollouts"
+    return Row(name=name, value=share, unit="ratio", goal=INPUT_GOAL, better="lower")
+
+
 def measure(quick: bool) -> Sequence[Row]:
-    """The rows of both kinds of shard and of a large object.
+    """The rows of both kinds of shard and of a large object; unless ``quick``, of a whole run.
 
     The goal is for shards of R1-Reward's size, codec included, and for large objects. What takes the time with shards
     of the digits run is the request; they have no goal.
@@ -216,6 +232,7 @@ def measure(quick: bool) -> Sequence[Row]:
             *Exchange(store, bare, threads, R1_REWARD).rows(turns, GOAL),
             *large(store, bare, max(turns // 3, 4)),
             *Exchange(store, bare, threads, DIGITS).rows(turns, None),
+            *([] if quick else [input_wait(f"s3://{bucket}/{prefix}-run?endpoint={endpoint}")]),
         ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
-from steadyhelm.store import LocalStore
+from steadyhelm.store import open_store
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.telemetry.metrics_log import MetricsLine, join_segments
 
@@ -52,9 +52,9 @@ def steadyhelm(
     return Cost(seconds=time.perf_counter() - started, peak_bytes=peak)
 
 
-def lines_of(folder: Path, run: str) -> list[MetricsLine]:
-    """The metrics of a run in the store ``folder``, in order."""
-    store = LocalStore(folder)
+def lines_of(folder: Path | str, run: str) -> list[MetricsLine]:
+    """The metrics of a run in the store ``folder``, or of that URI, in order."""
+    store = open_store(str(folder))
     return join_segments({key: bytes(store.get(key)) for key in store.list(f"{run}/metrics/")})
 
 

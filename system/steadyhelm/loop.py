@@ -37,6 +37,9 @@ from steadyhelm.services import Learner, PromptSource, Reference, Reward, Rollou
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.log import CommitLog
 
+INPUT_PHASES = ("learner.read", "learner.input")
+"""The spans in which a learner that has its batch's manifest still waits for something of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
@@ -233,6 +236,8 @@ class Loop:
         metrics = {name: value for part in parts for name, value in part.items()} | telemetry.phase_seconds(spans)
         metrics[telemetry.metrics.ITERATION_SECONDS] = ended - started
         metrics[telemetry.metrics.OVERHEAD_SHARE] = telemetry.overhead(spans, started, ended)
+        input_s = sum(metrics.get(telemetry.metrics.seconds(name), 0.0) for name in INPUT_PHASES)
+        metrics[telemetry.metrics.INPUT_WAIT] = input_s / (ended - started)
         if telemetry.metrics.WEIGHTS_PAUSE_SECONDS in metrics:
             paused = metrics[telemetry.metrics.WEIGHTS_PAUSE_SECONDS]
             metrics[telemetry.metrics.WEIGHTS_PAUSE_SHARE] = paused / (ended - started)

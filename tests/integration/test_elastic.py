@@ -103,6 +103,7 @@ def test_engines_added_killed_and_drained_leave_the_numbers_as_they_are(make_run
     assert run.exact_metrics() == undisturbed.exact_metrics()
     serving = [lines(run)[iteration].metrics[names.ENGINES_SERVING] for iteration in (1, 2, 6)]
     assert serving == [1, 2, 1]
+    assert all(0 < line.metrics[names.INPUT_WAIT] < 0.5 for line in lines(run).values())
     assert lines(run)[1].metrics[names.RESTARTS] == 0
     assert lines(run)[6].metrics[names.RESTARTS] == 1
 

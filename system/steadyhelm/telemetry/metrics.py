@@ -94,6 +94,12 @@ STALENESS_DROPPED = _metric(
 LEARNER_WAIT = _metric(
     "learner/wait_share", "Share of the iteration in which the learner waited for its batch", "ratio", exact=False
 )
+INPUT_WAIT = _metric(
+    "learner/input_share",
+    "Share of the iteration in which the learner read its batch's objects or waited for a prepared micro-batch",
+    "ratio",
+    exact=False,
+)
 ENGINES_SERVING = _metric("scaling/serving", "Engines that take work", exact=False)
 ENGINES_DESIRED = _metric(
     "scaling/desired", "Engines that there should be, as decided behind the iteration", exact=False

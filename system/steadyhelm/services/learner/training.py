@@ -70,6 +70,12 @@ def _scored_first(target: Target, steps: Sequence[OptimiserStep]) -> list[Optimi
     return [step for step in steps[0 if target.needs_proximal_first else 1 :] if step.epoch == 0]
 
 
+def _awaited(inputs: Iterator[ModelBatch]) -> ModelBatch:
+    """The next micro-batch; how long it was waited for is a span."""
+    with span("learner", "input"):
+        return next(inputs)
+
+
 @dataclass(slots=True)
 class Tally:
     """What this rank has summed up in the iteration so far."""
@@ -166,7 +172,7 @@ class Training:
     ) -> None:
         for step in steps:
             for rows, counted in step.micro_batches:
-                part = next(inputs)
+                part = _awaited(inputs)
                 with span("learner", "proximal", computes=True), torch.no_grad():
                     logprobs, _, _ = self._engine.forward(part)
                 target.remember(rows, logprobs, counted)
@@ -191,7 +197,7 @@ class Training:
         broken = torch.zeros((), dtype=torch.float64, device=self._device)
         suspects: list[tuple[Sequence[int], torch.Tensor]] = []
         for index, (rows, counted) in enumerate(step.micro_batches):
-            part = next(inputs)
+            part = _awaited(inputs)
             with span("learner", "forward", computes=True):
                 current, entropy, mask = self._engine.forward(part)
                 parts = target.loss(rows, current, counted=counted, fresh=number == 0, denominator=step.denominator)
