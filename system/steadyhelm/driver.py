@@ -36,7 +36,7 @@ from steadyhelm.store.log import CommitLog, Entry, LogView
 from steadyhelm.store.probe import require_one_winner
 from steadyhelm.telemetry import EvalDone, Event, EventSink, IterationDone, Notice, RunStarted, metrics_log
 from steadyhelm.telemetry.logs import redact, secret_values
-from steadyhelm.telemetry.metrics import REPLAYED, RESTARTS
+from steadyhelm.telemetry.metrics import ENGINES_DESIRED, REPLAYED, RESTARTS
 from steadyhelm.telemetry.status import Checkpoint, Rollouts, Version
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -325,6 +325,7 @@ class Driver:
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
         self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
         self._scaler = Scaler(self._run, services.rollout, self._tell)
+        self._scaler.resume(self._engines_before())
         self._note_status(phase="running")
         for text in self._run.warnings:
             self._tell(Notice(text=text, level="warning"))
@@ -379,6 +380,14 @@ class Driver:
         await self._retain()
         if self._scaler is not None:
             self._scaler.forget()
+
+    def _engines_before(self) -> int | None:
+        """How many engines the run's earlier attempt wanted at last."""
+        if self._run.rollout.scaling is None or self._log.last_iteration == 0:
+            return None
+        keys = self._store.list(self._layout.metrics_prefix)
+        found = metrics_log.last_value(keys, lambda key: bytes(self._store.get(key)), ENGINES_DESIRED)
+        return None if found is None else int(found)
 
     def _restarts(self) -> int:
         lost = self._loop.restarts if self._loop is not None else 0

@@ -204,6 +204,17 @@ class Scaler:
             names.QUEUE: load.queue,
         }
 
+    def resume(self, desired: int | None) -> None:
+        """Goes on with the engines that an earlier attempt wanted, None where nothing is known; within the bounds."""
+        scaling = self._run.rollout.scaling
+        if desired is None or scaling is None or self._elastic is None:
+            return
+        desired = min(max(desired, scaling.min), scaling.max)
+        if desired != self._state.desired:
+            self._tell(Notice(text=f"engines {self._state.desired} → {desired}: as many as the run had wanted before"))
+            self._state = replace(self._state, desired=desired)
+            self._elastic.scale(desired)
+
     def forget(self) -> None:
         """Leaves what the engines did since the last decision, an evaluation for example, out of the next one."""
         if self._elastic is not None:

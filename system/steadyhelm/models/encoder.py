@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ class PromptEncoder:
         if self._images is None:
             raise DataError(f"model folder {self._folder} is text-only but a prompt has an image: use a vision model")
         return self._images.get(image)
+
+    def keep(self, images: Iterable[ImageKey]) -> None:
+        """Prepares images ahead of their use. Raises DataError as ``image`` does."""
+        for image in images:
+            if self._images is None:
+                self.image(image)
+            else:
+                self._images.keep(image)
 
     def picture(self, image: ImageKey) -> bytes:
         """The image as a PNG that engines need not resize, see ``ImageCache.picture``. Raises DataError."""

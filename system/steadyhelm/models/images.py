@@ -133,6 +133,13 @@ class ImageCache:
                 self._num_bytes -= self._kept.popitem(last=False)[1].pixels.nbytes
         return arrays
 
+    def keep(self, image: ImageKey) -> None:
+        """Prepares the image so that the next ``get`` finds it. Raises DataError, and what ``fetch`` raises."""
+        with self._lock:
+            known = image in self._kept
+        if not known:
+            self.get(image)
+
     def picture(self, image: ImageKey) -> bytes:
         """The image as the vision tower sees it, before it is cut into patches: a PNG in RGB of the prepared size.
 

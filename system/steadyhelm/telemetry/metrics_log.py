@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -110,7 +110,7 @@ def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
     """
     lines: list[tuple[int, int, MetricsLine]] = []
     for key, data in segments.items():
-        segment = int(key.rsplit("/", 1)[-1].removesuffix(".jsonl").partition("-")[2])
+        _, segment = _order(key)
         lines += [
             (segment, place, MetricsLine.parse(text)) for place, text in enumerate(bytes(data).decode().splitlines())
         ]
@@ -120,6 +120,28 @@ def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
         before = joined.get(line.iteration)
         joined[line.iteration] = line if before is None else _merged(before, line)
     return [joined[iteration] for iteration in sorted(joined)]
+
+
+def last_value(keys: Iterable[str], get: Callable[[str], bytes], name: str) -> float | None:
+    """The metric ``name`` as the newest line that has it says; None where there is no such line.
+
+    Args:
+        keys: of segments; as few as possible are read, from the newest on.
+        get: reads one.
+        name: a metric's name.
+    """
+    for key in sorted(keys, key=_order, reverse=True):
+        for text in reversed(bytes(get(key)).decode().splitlines()):
+            value = MetricsLine.parse(text).metrics.get(name)
+            if value is not None and math.isfinite(value):
+                return value
+    return None
+
+
+def _order(key: str) -> tuple[int, int]:
+    """A segment's attempt and number."""
+    attempt, _, number = key.rsplit("/", 1)[-1].removesuffix(".jsonl").partition("-")
+    return int(attempt), int(number)
 
 
 def _merged(before: MetricsLine, line: MetricsLine) -> MetricsLine:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steadyhelm.config import RunFile
+from steadyhelm.errors import LearnerLostError
 from steadyhelm.report import read_metrics
 from steadyhelm.runtime.handles import RolloutHandle
 from steadyhelm.services import EngineLoad
@@ -134,6 +135,21 @@ async def test_decisions_reach_the_service_the_terminal_and_the_metrics_with_the
     (note,) = (note for note in lines[2].notes if note.startswith("engines"))
     assert note.startswith("engines 1 → 3 behind iteration 2: learner waited ")
     assert any(note in str(event) for event in attempt.told)
+
+
+async def test_a_resumed_run_begins_with_the_engines_that_it_wanted_before(start, run_file):
+    scaled = with_engines(run_file, scaling={"max": 4, "settle": 1})
+    run = scaled.model_copy(update={"learner": scaled.learner.model_copy(update={"max_restarts": 0})})
+    store = MemoryStore()
+    learner = FakeLearner(store=store, lose_at={4})
+    first = start(store, run, rollout=Measured(store=store), learner=learner)
+    with pytest.raises(LearnerLostError):
+        await first.follow()
+    again = Measured(store=store)
+    second = start(store, run, rollout=again)
+    await second.follow()
+    assert again.asked[0] == 3
+    assert any("engines 1 → 3: as many as the run had wanted before" in str(event) for event in second.told)
 
 
 async def test_a_run_without_scaling_measures_its_engines_and_leaves_them_alone(start, run_file):

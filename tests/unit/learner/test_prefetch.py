@@ -45,4 +45,4 @@ def test_spans_of_the_preparation_are_the_callers():
 
     with collect() as spans, prefetched(prepare, range(2)) as prepared:
         assert list(prepared) == [0, 1]
-    assert [found.name for found in spans] == ["collate", "collate"]
+    assert sorted(found.name for found in spans) == ["collate", "collate", "input", "input"]

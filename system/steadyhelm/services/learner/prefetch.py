@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from steadyhelm.telemetry import span
+
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
@@ -17,7 +19,8 @@ Output = TypeVar("Output")
 def prefetched(prepare: Callable[[Input], Output], items: Sequence[Input]) -> Iterator[Iterator[Output]]:
     """Yields an iterator over ``prepare(item)``, in order, which prepares one item ahead on a thread of its own.
 
-    What ``prepare`` raises is raised where its item is taken. Spans that it opens belong to the caller's.
+    What ``prepare`` raises is raised where its item is taken. Spans that it opens belong to the caller's; how long the
+    caller waits for an item is one too.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
 
@@ -26,8 +29,13 @@ def prefetched(prepare: Callable[[Input], Output], items: Sequence[Input]) -> It
             for item in items:
                 waiting.append(thread.submit(contextvars.copy_context().run, prepare, item))
                 if len(waiting) == 2:
-                    yield waiting.popleft().result()
+                    yield _awaited(waiting.popleft())
             if waiting:
-                yield waiting.popleft().result()
+                yield _awaited(waiting.popleft())
 
         yield ahead()
+
+
+def _awaited(item: Future[Output]) -> Output:
+    with span("learner", "input"):
+        return item.result()

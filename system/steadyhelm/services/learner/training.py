@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -70,12 +71,6 @@ def _scored_first(target: Target, steps: Sequence[OptimiserStep]) -> list[Optimi
     return [step for step in steps[0 if target.needs_proximal_first else 1 :] if step.epoch == 0]
 
 
-def _awaited(inputs: Iterator[ModelBatch]) -> ModelBatch:
-    """The next micro-batch; how long it was waited for is a span."""
-    with span("learner", "input"):
-        return next(inputs)
-
-
 @dataclass(slots=True)
 class Tally:
     """What this rank has summed up in the iteration so far."""
@@ -125,7 +120,7 @@ class Training:
         scored = _scored_first(target, steps)
         order = [rows for step in (*scored, *steps) for rows, _ in step.micro_batches]
         tally = Tally()
-        with prefetched(partial(self._collate, batch), order) as inputs:
+        with self._inputs(batch, order) as inputs:
             if isinstance(target, PolicyTarget):
                 self._remember_proximal(target, scored, inputs)
             for number, step in enumerate(steps):
@@ -137,6 +132,25 @@ class Training:
             **target.metrics(),
             **self._metrics(tally, len(steps), time.monotonic() - start),
         }
+
+    @contextmanager
+    def _inputs(self, batch: IterationBatch, order: Sequence[Sequence[int]]) -> Iterator[Iterator[ModelBatch]]:
+        """The micro-batches of these rows, one after the other, with what can be done ahead done ahead.
+
+        Beside a GPU that is all of it. On the CPU another thread would take its time from the forward pass: there only
+        images are fetched and prepared ahead, which the encoder keeps.
+        """
+        collate = partial(self._collate, batch)
+        if self._device.type == "cuda":
+            with prefetched(collate, order) as inputs:
+                yield inputs
+        else:
+            with prefetched(partial(self._prepare_images, batch), order) as ready:
+                yield (collate(rows) for rows, _ in zip(order, ready, strict=True))
+
+    def _prepare_images(self, batch: IterationBatch, rows: Sequence[int]) -> None:
+        with span("learner", "images"):
+            self._encoder.keep({key for row in rows for key in batch.trajectories[row].prompt.images})
 
     def _plan(self, batch: IterationBatch) -> list[OptimiserStep]:
         run, algorithm = self._run, self._run.algorithm
@@ -172,7 +186,7 @@ class Training:
     ) -> None:
         for step in steps:
             for rows, counted in step.micro_batches:
-                part = _awaited(inputs)
+                part = next(inputs)
                 with span("learner", "proximal", computes=True), torch.no_grad():
                     logprobs, _, _ = self._engine.forward(part)
                 target.remember(rows, logprobs, counted)
@@ -197,7 +211,7 @@ class Training:
         broken = torch.zeros((), dtype=torch.float64, device=self._device)
         suspects: list[tuple[Sequence[int], torch.Tensor]] = []
         for index, (rows, counted) in enumerate(step.micro_batches):
-            part = _awaited(inputs)
+            part = next(inputs)
             with span("learner", "forward", computes=True):
                 current, entropy, mask = self._engine.forward(part)
                 parts = target.loss(rows, current, counted=counted, fresh=number == 0, denominator=step.denominator)
