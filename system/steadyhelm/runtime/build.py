@@ -5,6 +5,7 @@ The driver sends these functions with small arguments; what they import, torch a
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from steadyhelm.store.folders import fetch_folder, put_folder
 from steadyhelm.store.layout import RunLayout
 
 T = TypeVar("T")
+GIVE_WAY = 10
+"""How much nicer than the learner an engine on CPUs is that runs ahead: in lock-step a learner rank that waits for a
+core holds all ranks up, while an engine has time until the next batch is due."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,8 @@ def rollout(place: RunPlace, slot: int = 0) -> Any:
     from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker
 
     _threads(place.run)
+    if place.run.schedule.max_staleness and _device(place.run) == "cpu":
+        os.nice(GIVE_WAY)
     version = PolicyVersion(iteration=0, attempt=place.attempt)
     spec = RolloutSpec.of(
         place.run,
