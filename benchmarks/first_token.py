@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from steadyhelm import telemetry
-from steadyhelm.config.weights import LocalTransport, StoreTransport, Weights
+from steadyhelm.config.weights import BroadcastTransport, LocalTransport, StoreTransport, Weights
 from steadyhelm.data.types import EngineRequest, PolicyVersion, PromptId, Sampling, WeightsRecord
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import load_model
@@ -29,6 +29,7 @@ TRANSPORTS: Mapping[str, Weights] = {
     "delta, store in a folder": StoreTransport(anchor_every=10_000),
     "safetensors, store in a folder": StoreTransport(anchor_every=1),
     "shared memory": LocalTransport(),
+    "broadcast, gloo on loopback": BroadcastTransport(),
 }
 TINY_MODEL = Path(__file__).resolve().parents[1] / "workloads" / "r1_reward" / "tiny_model.py"
 SEQUENCES, TOKENS = 8, 32
