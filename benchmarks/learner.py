@@ -67,7 +67,8 @@ class Size:
     micro_batch: int
 
 
-TINY = Size(name="digits model", model={}, rows=128, train_batch=64, micro_batch=16)
+TINY = Size(name="digits model", model={}, rows=256, train_batch=128, micro_batch=32)
+"""As ``digits.yaml`` has it."""
 LARGER = Size(
     name="hidden 512, 6 layers",
     model={"HIDDEN": 512, "LAYERS": 6, "HEADS": 16, "KEY_VALUE_HEADS": 8},

@@ -3,7 +3,8 @@
 Runs the digits recipe from a random model, for few iterations: once with an iteration of at least 20 s on two cores,
 and once with the sizes of ``make train``. The share is what the run itself logs as ``overhead/share``: one minus the
 union of all spans that compute (forward passes of generation; forward, backward and optimiser of the learner), over
-the iteration's wall time, checkpoints included. The first iteration of each run warms caches and does not count.
+the iteration's wall time. A checkpoint counts in the iteration behind it; here, as with the recipe's ten iterations
+from one to the next, the median iteration has none. The first iteration of each run warms caches and does not count.
 ``--quick`` makes a short run of the second kind only.
 """
 

@@ -28,6 +28,12 @@ OVERLONG, STALE = "dropped:overlong", "dropped:stale"
 """Ends of prompts that are not trained on: too long; sampled by too old a policy."""
 
 SUMMED = (names.ROLLOUT_TOKENS, names.ROLLOUT_SAMPLES)
+SPEEDS = (
+    ("rollout.generate", names.ROLLOUT_TOKENS_PER_S, names.ROLLOUT_TOKENS),
+    ("reference.forward", names.REFERENCE_TOKENS_PER_S, names.ROLLOUT_TOKENS),
+    ("reward.score", names.REWARD_SAMPLES_PER_S, names.ROLLOUT_SAMPLES),
+)
+"""Phases, the metric of their speed, and what of it they work on; where workers overlap, time counts once."""
 """Metrics of a shard that add up; those that end in ``_max`` take the largest, all others are means."""
 
 T = TypeVar("T")
@@ -136,9 +142,10 @@ class BatchMaker:
             scored=[sum(shard.valid) for shard in shards],
         )
         metrics |= self._staleness(iteration, shards)
-        generating = phase_seconds(spans).get(names.seconds("rollout.generate"), 0.0)
-        if generating:
-            metrics[names.ROLLOUT_TOKENS_PER_S] = metrics[names.ROLLOUT_TOKENS] / generating
+        seconds = phase_seconds(spans)
+        for phase, speed, amount in SPEEDS:
+            if spent := seconds.get(names.seconds(phase), 0.0):
+                metrics[speed] = metrics[amount] / spent
         metrics |= _counts(outcomes)
         policy = self._policy(iteration, shards)
         return BatchManifest(iteration=iteration, policy=policy, shards=shards, outcomes=outcomes, metrics=metrics)

@@ -93,11 +93,9 @@ def submit(
     files = folder_files(folder, leave_out=[folder / Store().uri, Path(run_file.store.uri)])
     command = entrypoint(file.name, run, sets=sets or (), take_over=take_over, accept_changes=accept_changes)
     with _cluster(address, release, namespace, token_file) as cluster:
-        jobs, about = cluster.jobs, {"file": file.name}
-        jobs.list()  # a wrong address, or a wrong token, is said at once
-        job, adopted = patiently(
-            lambda: runs.send(jobs, run, command, jobs.upload(files), about), partial(typer.echo, err=True)
-        )
+        jobs, about, say = cluster.jobs, {"file": file.name}, partial(typer.echo, err=True)
+        patiently(jobs.list, say, ANSWER_S)  # a wrong token is said at once, a wrong address soon
+        job, adopted = patiently(lambda: runs.send(jobs, run, command, jobs.upload(files), about), say)
         what = "runs already as" if adopted else "is sent as"
         typer.echo(f"run {run} {what} job {job.submission_id} at {jobs.address}", err=True)
         if detach:

@@ -150,6 +150,11 @@ def evaluate(
     """
     part = run_file.model if model is None else run_file.model.model_copy(update={"path": model, "factory": None})
     run_file = run_file.model_copy(update={"model": part})
+    if run_file.is_sft:
+        raise ConfigError(
+            "algorithm.type is 'sft', whose rollouts are the data set's traces: evaluate with the run file of "
+            "reinforcement learning, and name the model with --model"
+        )
     if run_file.data.eval is None:
         raise ConfigError("data.eval is not given: name the function that returns the held-out pairs")
     _require_model(run_file)
@@ -324,8 +329,8 @@ class Driver:
         for entry in self._evaluations():  # their lines may be lost: the log has them before the segment
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
         self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
-        self._scaler = Scaler(self._run, services.rollout, self._tell)
-        self._scaler.resume(self._engines_before())
+        self._scaler = Scaler(self._run, services.rollout, self._tell, self._note_down)
+        self._scaler.resume(await asyncio.to_thread(self._engines_before))
         self._note_status(phase="running")
         for text in self._run.warnings:
             self._tell(Notice(text=text, level="warning"))
@@ -371,9 +376,10 @@ class Driver:
                 found |= self._scaler.behind(report.iteration, report.metrics)
             self._metrics.append(report.iteration, found, report.replayed, self._take_notes())
             self._tell(IterationDone(iteration=report.iteration, metrics=found, replayed=report.replayed))
-        if report.served and self._signal is None:
+        if report.served:
             began = time.monotonic()
-            await self._evaluate(report.version, services)
+            if self._signal is None:
+                await self._evaluate(report.version, services)
             if self._loop is not None:
                 self._loop.leave_out(time.monotonic() - began)
             await asyncio.to_thread(self._metrics.flush)  # before the loop may checkpoint this iteration
@@ -385,8 +391,12 @@ class Driver:
         """How many engines the run's earlier attempt wanted at last."""
         if self._run.rollout.scaling is None or self._log.last_iteration == 0:
             return None
-        keys = self._store.list(self._layout.metrics_prefix)
-        found = metrics_log.last_value(keys, lambda key: bytes(self._store.get(key)), ENGINES_DESIRED)
+        try:
+            keys = self._store.list(self._layout.metrics_prefix)
+            found = metrics_log.last_value(keys, lambda key: bytes(self._store.get(key)), ENGINES_DESIRED)
+        except StoreError as error:  # that costs no more than this number
+            self._tell(Notice(text=f"How many engines the run had wanted cannot be read: {error}", level="warning"))
+            return None
         return None if found is None else int(found)
 
     def _restarts(self) -> int:

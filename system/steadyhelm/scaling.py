@@ -18,7 +18,7 @@ first one behind a change left out; inside a band of ``BAND`` around ``n*`` noth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from steadyhelm.config import RunFile
@@ -163,10 +163,12 @@ class Scaler:
         run: the run file; without ``rollout.scaling`` the load is measured and nothing decided.
         rollout: the service; one that is not ``Elastic`` has neither.
         tell: takes a notice for each decision that changes something.
+        note: takes a line for each other decision, for the metrics.
     """
 
-    def __init__(self, run: RunFile, rollout: Rollout, tell: EventSink) -> None:
+    def __init__(self, run: RunFile, rollout: Rollout, tell: EventSink, note: Callable[[str], None]) -> None:
         self._run = run
+        self._note = note
         self._elastic = rollout if isinstance(rollout, Elastic) and not run.is_sft else None
         self._tell = tell
         self._state = State(desired=run.engines)
@@ -196,6 +198,8 @@ class Scaler:
                 self._elastic.scale(desired)
                 text = f"engines {load.desired} → {desired} behind iteration {iteration}: {decision.reason}"
                 self._tell(Notice(text=text))
+            else:
+                self._note(f"engines stay {desired} behind iteration {iteration}: {decision.reason}")
         return {
             names.ENGINES_SERVING: float(load.serving),
             names.ENGINES_DESIRED: float(desired),

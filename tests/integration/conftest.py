@@ -49,6 +49,7 @@ class Run:
     """A run in a folder of its own, driven through the command line."""
 
     folder: Path
+    engine: str = "transformers"
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        return "small-transformers"
+        return f"small-{self.engine}"
 
     @property
     def log(self) -> LogView:
@@ -141,14 +142,14 @@ class Run:
 def make_run(tmp_path: Path):
     made: list[Run] = []
 
-    def make(name: str = "run", run_file: str = RUN) -> Run:
+    def make(name: str = "run", run_file: str = RUN, engine: str = "transformers") -> Run:
         folder = tmp_path / name
         folder.mkdir()
         for file in (ROOT / "workloads" / "r1_reward").glob("*.py"):
             shutil.copy(file, folder)
         (folder / "task.py").write_text(TASK)
         (folder / "run.yaml").write_text(run_file)
-        made.append(Run(folder))
+        made.append(Run(folder, engine))
         return made[-1]
 
     yield make

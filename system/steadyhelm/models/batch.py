@@ -199,7 +199,7 @@ def _positions(row: TokenSequence, tokens: NDArray[np.int32], encoder: PromptEnc
         if row.images:
             raise DataError(f"prompt {row.name!r} has {len(row.images)} images but the model is text-only")
         return np.arange(len(tokens), dtype=np.int64)[None]
-    grids = [encoder.image(image).grid for image in row.images]
+    grids = [encoder.grid(image) for image in row.images]
     try:
         return rope_positions(tokens, grids, image_id=encoder.image_id, merge=encoder.merge)
     except DataError as error:
@@ -212,8 +212,9 @@ def _refuse_foreign(row: TokenSequence, banned: NDArray[np.int32], vocab_size: i
             f"the completion of prompt {row.name!r} has tokens from {int(row.tokens.min())} to {int(row.tokens.max())} "
             f"but the model's vocabulary ends at {vocab_size - 1}: engine and learner need the same model"
         )
-    hits = np.flatnonzero(np.isin(row.tokens, banned))
-    if len(hits):
+    foreign = (row.tokens[:, None] == banned).any(1)
+    if foreign.any():
+        hits = np.flatnonzero(foreign)
         raise DataError(
             f"the completion of prompt {row.name!r} has the vision token {int(row.tokens[hits[0]])} at place "
             f"{int(hits[0])}, which no policy may sample: let its engine exclude the tokens of banned_ids"

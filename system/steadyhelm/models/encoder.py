@@ -98,6 +98,10 @@ class PromptEncoder:
             raise DataError(f"model folder {self._folder} is text-only but a prompt has an image: use a vision model")
         return self._images.get(image)
 
+    def grid(self, image: bytes | ImageKey) -> tuple[int, int, int]:
+        """The prepared image's patches (time, height, width). Raises DataError as ``image`` does."""
+        return self.image(image).grid if self._images is None else self._images.grid(image)
+
     def keep(self, images: Iterable[ImageKey]) -> None:
         """Prepares images ahead of their use. Raises DataError as ``image`` does."""
         for image in images:
@@ -121,7 +125,7 @@ class PromptEncoder:
 
     def image_tokens(self, image: bytes | ImageKey) -> int:
         """How many prompt tokens the image takes."""
-        time, height, width = self.image(image).grid
+        time, height, width = self.grid(image)
         return time * height * width // self.merge**2
 
     def encode(self, text: str, images: Sequence[bytes | ImageKey] = ()) -> NDArray[np.int32]:

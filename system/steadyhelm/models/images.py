@@ -133,6 +133,12 @@ class ImageCache:
                 self._num_bytes -= self._kept.popitem(last=False)[1].pixels.nbytes
         return arrays
 
+    def grid(self, image: bytes | ImageKey) -> tuple[int, int, int]:
+        """The grid of ``get``'s answer."""
+        with self._lock:
+            kept = self._kept.get(image) if isinstance(image, str) else None
+        return self.get(image).grid if kept is None else kept.grid
+
     def keep(self, image: ImageKey) -> None:
         """Prepares the image so that the next ``get`` finds it. Raises DataError, and what ``fetch`` raises."""
         with self._lock:

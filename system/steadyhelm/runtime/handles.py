@@ -7,6 +7,7 @@ from typing import Any
 
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import ObjectRef, Prompt, PromptId, ShardRecord, WeightsRecord
+from steadyhelm.errors import LearnerLostError, ObjectMissingError
 from steadyhelm.runtime.actors import PromptsActor, RolloutActor, ScorerActor, spawn
 from steadyhelm.runtime.nodes import leaving_nodes
 from steadyhelm.runtime.placement import HEAD, actor_lacks, asked, place
@@ -120,7 +121,11 @@ class RolloutHandle:
         seen: WeightsRecord | None = None
         while self._weights is not seen:
             seen = self._weights
-            await self._apply(member)
+            try:
+                await self._apply(member)
+            except (ObjectMissingError, LearnerLostError):
+                if self._weights is seen:  # else they were given up for later ones meanwhile
+                    raise
 
 
 class RewardHandle:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 
-from steadyhelm.errors import DeadlineError, EngineLostError, RetryableError, SteadyhelmError
+from steadyhelm.errors import DeadlineError, EngineLostError, LearnerLostError, RetryableError, SteadyhelmError
 from steadyhelm.runtime.actors import Factory
 from steadyhelm.runtime.calls import answer
 from steadyhelm.runtime.load import LoadMeter
@@ -225,17 +225,30 @@ class Pool:
             self._show(member)
 
     async def everywhere(self, method: Callable[[Member], Awaitable[T]]) -> list[T]:
-        """The answers of all members that serve; one that is lost over it is replaced and left out."""
+        """The answers of all members that serve; one that is lost over it is replaced and left out.
+
+        So is one to whom a learner rank does not answer, as long as it answers another. Raises LearnerLostError where
+        it answers none, and what the services raise.
+        """
+        cut_off: dict[int, LearnerLostError] = {}
 
         async def one(member: Member) -> list[T]:
             try:
                 return [await method(member)]
+            except LearnerLostError as error:
+                cut_off[member.number] = error
             except (EngineLostError, DeadlineError) as error:
                 self._lose(member, error)
-                return []
+            return []
 
-        answers = await asyncio.gather(*(one(member) for member in self.serving))
-        return [value for found in answers for value in found]
+        asked = self.serving
+        answers = [value for found in await asyncio.gather(*map(one, asked)) for value in found]
+        for member in asked:
+            if error := cut_off.get(member.number):
+                if not answers:
+                    raise error
+                self._lose(member, error)
+        return answers
 
     def resize(self, size: int) -> None:
         """Wants ``size`` members from now on; returns at once.

@@ -84,6 +84,12 @@ ROLLOUT_TOKENS = _metric("rollout/tokens", "Completion tokens sampled", "tokens"
 ROLLOUT_TOKENS_PER_S = _metric(
     "rollout/tokens_per_s", "Completion tokens per second while an engine generates", "tokens/s", exact=False
 )
+REFERENCE_TOKENS_PER_S = _metric(
+    "reference/tokens_per_s", "Completion tokens scored per second of the reference's passes", "tokens/s", exact=False
+)
+REWARD_SAMPLES_PER_S = _metric(
+    "reward_service/samples_per_s", "Completions per second while the reward service scores", "1/s", exact=False
+)
 STALENESS_MEAN = _metric("staleness/mean", "Mean age of the sampling policy at the step", "versions")
 STALENESS_MAX = _metric("staleness/max", "Age of the oldest sampling policy at the step", "versions")
 STALENESS_DROPPED = _metric(

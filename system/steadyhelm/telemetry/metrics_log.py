@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -106,14 +107,13 @@ def join_segments(segments: Mapping[str, bytes]) -> list[MetricsLine]:
     """One line per iteration out of all segments, by iteration: what the last attempt to step it says.
 
     An evaluation is written as a line of its own for its iteration and holds for all attempts. Lines of one attempt and
-    iteration are merged, later values over earlier ones. ``segments`` maps keys to bytes, in any order.
+    iteration are merged, later values over earlier ones; damaged ones are left out. ``segments`` maps keys to bytes, in
+    any order.
     """
     lines: list[tuple[int, int, MetricsLine]] = []
     for key, data in segments.items():
         _, segment = _order(key)
-        lines += [
-            (segment, place, MetricsLine.parse(text)) for place, text in enumerate(bytes(data).decode().splitlines())
-        ]
+        lines += [(segment, place, line) for place, line in enumerate(_whole_lines(data))]
     lines.sort(key=lambda item: (item[2].iteration, item[2].attempt, item[0], item[1]))
     joined: dict[int, MetricsLine] = {}
     for _, _, line in lines:
@@ -131,11 +131,20 @@ def last_value(keys: Iterable[str], get: Callable[[str], bytes], name: str) -> f
         name: a metric's name.
     """
     for key in sorted(keys, key=_order, reverse=True):
-        for text in reversed(bytes(get(key)).decode().splitlines()):
-            value = MetricsLine.parse(text).metrics.get(name)
+        for line in reversed(_whole_lines(get(key))):
+            value = line.metrics.get(name)
             if value is not None and math.isfinite(value):
                 return value
     return None
+
+
+def _whole_lines(segment: bytes) -> list[MetricsLine]:
+    """The segment's lines, but for such as were damaged: nothing depends on them that has to be right."""
+    found = []
+    for text in bytes(segment).decode(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            found.append(MetricsLine.parse(text))
+    return found
 
 
 def _order(key: str) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -218,7 +219,10 @@ class _Parts:
             ) from error
         self.sender = Sender(host=host, port=self._listener.getsockname()[1], token=secrets.token_hex(16))
         self._held: dict[str, torch.Tensor] = {}
-        self._groups = 0
+        self._waiting: dict[str, _Waiting] = {}
+        self._lock = threading.Lock()
+        self._groups = count()
+        self._closed = threading.Event()
         threading.Thread(target=self._serve, name="broadcast", daemon=True).start()
 
     def __contains__(self, version: str) -> bool:
@@ -232,43 +236,53 @@ class _Parts:
     def close(self) -> None:
         """Takes no further questions."""
         self._held = {}
+        self._closed.set()
         with suppress(OSError):  # wakes the thread that waits in accept
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _serve(self) -> None:
-        """Makes a group of those who ask for the same version at about the same time, again and again."""
-        while True:
+        """Has each who asks answered on a thread of its own, whatever becomes of it, until this is closed."""
+        while not self._closed.is_set():
             try:
-                first, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            asked: dict[str, list[socket.socket]] = {}
-            self._admit(first, asked)
-            end = time.monotonic() + GATHERED * GATHER_S
-            with suppress(OSError, ValueError):  # closed meanwhile
-                while time.monotonic() < end and _readable(self._listener, GATHER_S):
-                    self._admit(self._listener.accept()[0], asked)
-            for version, members in asked.items():
-                self._groups += 1
-                arguments = (version, f"{version}/{self._groups}", members)
-                threading.Thread(target=self._send, args=arguments, name="broadcast", daemon=True).start()
+                connection, _ = self._listener.accept()
+                try:
+                    threading.Thread(target=self._answer, args=(connection,), name="broadcast", daemon=True).start()
+                except RuntimeError:  # no further thread can be had; whoever asked asks again
+                    connection.close()
+            except OSError:  # closed; or too many files are open, which passes
+                self._closed.wait(0.1)
 
-    def _admit(self, connection: socket.socket, asked: dict[str, list[socket.socket]]) -> None:
-        """Reads who asks for what; without the right word there is no answer."""
+    def _answer(self, connection: socket.socket) -> None:
+        """Reads who asks for what; the first to ask for a version makes the group of those who do so too."""
         try:
             connection.settimeout(CONNECT_S)
             question = _read_line(connection)
-            if not hmac.compare_digest(str(question["token"]), self.sender.token):
+            if not hmac.compare_digest(str(question["token"]).encode(), self.sender.token.encode()):
                 raise ValueError("another publisher's token")
-            asked.setdefault(str(question["version"]), []).append(connection)
-        except (OSError, ValueError, KeyError):
+            version = str(question["version"])
+        except Exception:  # whatever a stranger sends: there is no answer without the right word
             connection.close()
+            return
+        with self._lock:
+            waiting = self._waiting.get(version)
+            if waiting is not None:
+                waiting.join(connection)
+                return
+            waiting = self._waiting[version] = _Waiting(connection)
+        waiting.gather()
+        with self._lock:
+            del self._waiting[version]
+        try:
+            self._send(version, f"{version}/{next(self._groups)}", waiting.members)
+        finally:
+            for member in waiting.members:
+                member.close()
 
-    def _send(self, version: str, name: str, members: list[socket.socket]) -> None:
+    def _send(self, version: str, name: str, members: Sequence[socket.socket]) -> None:
         """Broadcasts a part to ``members`` in the group ``name``; they see for themselves where that fails."""
         part = self._held.get(version)
-        alive = [member for member in members if not _readable(member, 0.0)]  # they say nothing before the answer
+        alive = [member for member in members if not _has_closed(member)]
         answers = [
             {"gone": True} if part is None else {"port": self._store.port, "group": name, "rank": rank}
             for rank, _ in enumerate(alive, 1)
@@ -279,14 +293,32 @@ class _Parts:
         if part is not None and alive:
             with suppress(RuntimeError), _Group(self._store, name, 0, len(alive) + 1, self.sender.host) as group:
                 group.broadcast(part)
-        for member in members:
-            member.close()
+
+
+class _Waiting:
+    """Who has asked for a version and waits for others that do."""
+
+    def __init__(self, first: socket.socket) -> None:
+        self.members = [first]
+        self._last = time.monotonic()
+
+    def join(self, member: socket.socket) -> None:
+        """One more."""
+        self.members.append(member)
+        self._last = time.monotonic()
+
+    def gather(self) -> None:
+        """Returns when nobody has joined for ``GATHER_S``, or after ``GATHERED`` times that."""
+        end = time.monotonic() + GATHERED * GATHER_S
+        while (left := min(self._last + GATHER_S, end) - time.monotonic()) > 0:
+            time.sleep(left)
 
 
 class _Group:
     """A gloo group of a sender (rank 0) and its readers, for one part. Raises RuntimeError, as torch does."""
 
     def __init__(self, store: TCPStore, name: str, rank: int, size: int, host: str) -> None:
+        self.rank = rank
         gloo: Any = ProcessGroupGloo  # torch's types leave out most of it
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
@@ -297,17 +329,20 @@ class _Group:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._group.shutdown()
+        self._group = None  # a group of gloo ends, and closes its connections, with its last reference
 
     def broadcast(self, part: torch.Tensor) -> None:
         """Rank 0's ``part`` [bytes] becomes everybody's, with a deadline on each chunk."""
         works: deque[Any] = deque()
-        for begin in range(0, len(part), CHUNK):
-            works.append(self._group.broadcast(part[begin : begin + CHUNK], 0, _seconds(CHUNK_S)))
-            if len(works) == AHEAD:
+        try:
+            for begin in range(0, len(part), CHUNK):
+                works.append(self._group.broadcast(part[begin : begin + CHUNK], 0, _seconds(CHUNK_S)))
+                if len(works) == AHEAD:
+                    works.popleft().wait(_seconds(CHUNK_S))
+            while works:
                 works.popleft().wait(_seconds(CHUNK_S))
-        for work in works:
-            work.wait(_seconds(CHUNK_S))
+        finally:
+            works.clear()
 
 
 def _received(sender: Sender, record: WeightsRecord, blocks: Sequence[Block]) -> torch.Tensor:
@@ -319,7 +354,7 @@ def _received(sender: Sender, record: WeightsRecord, blocks: Sequence[Block]) ->
                 group.broadcast(part)
             return part
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            failure = error
+            failure = error.with_traceback(None)  # which would keep the group, and so its connections
     raise LearnerLostError(
         f"The learner rank that has weights {record.version} ({sender.host}:{sender.port}) did not send them, asked "
         f"{TRIES} times: {first_line(failure)}"
@@ -349,8 +384,11 @@ def _unpacked(part: torch.Tensor, blocks: Sequence[Block], flat: Mapping[str, ND
             at += view.nbytes
 
 
-def _readable(connection: socket.socket, timeout_s: float) -> bool:
-    return bool(select.select([connection], [], [], timeout_s)[0])
+def _has_closed(connection: socket.socket) -> bool:
+    """Whether the other side, which says nothing while it waits, is gone."""
+    looks = select.poll()
+    looks.register(connection, select.POLLIN)
+    return bool(looks.poll(0))
 
 
 def _write_line(connection: socket.socket, data: Mapping[str, object]) -> None:

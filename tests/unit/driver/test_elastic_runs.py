@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steadyhelm.config import RunFile
-from steadyhelm.errors import LearnerLostError
+from steadyhelm.data.types import PolicyVersion, WeightsRecord
+from steadyhelm.errors import LearnerLostError, ObjectMissingError
 from steadyhelm.report import read_metrics
 from steadyhelm.runtime.handles import RolloutHandle
-from steadyhelm.services import EngineLoad
+from steadyhelm.services import EngineLoad, Served
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.fake_services import FakeLearner, FakeRollout
 from steadyhelm.testing.memory_store import MemoryStore
@@ -102,6 +103,45 @@ def test_whatever_engines_come_and_go_every_prompt_is_trained_once(start, run_fi
     asyncio.run(disturbed())
 
 
+class Latecomer(FakeRollout):
+    """Is so slow that the first weights that it is to take are given up before it has them."""
+
+    def __init__(self, store: MemoryStore, asked: asyncio.Event, moved_on: asyncio.Event) -> None:
+        super().__init__(store=store)
+        self.asked, self.moved_on = asked, moved_on
+
+    async def apply_weights(self, weights: WeightsRecord) -> Served[None]:
+        if not self.asked.is_set():
+            self.asked.set()
+            await self.moved_on.wait()
+            raise ObjectMissingError(f"weights {weights.version} were given up by their learner for later ones")
+        return await super().apply_weights(weights)
+
+
+async def test_a_newcomer_whose_weights_were_given_up_meanwhile_takes_the_later_ones(run_file):
+    store, asked, moved_on = MemoryStore(), asyncio.Event(), asyncio.Event()
+    learner = FakeLearner(store=store)
+
+    async def weights(iteration: int) -> WeightsRecord:
+        version = PolicyVersion(iteration=iteration, attempt=1)
+        return (await learner.publish(version, f"weights/{iteration}")).value
+
+    async with Engines(with_engines(run_file, replicas=1), store) as engines:
+        await engines.handle.apply_weights(await weights(0))
+        engines.pool._factory = lambda: Latecomer(store, asked, moved_on)
+        engines.pool.resize(2)
+        await asyncio.wait_for(asked.wait(), 30)
+        for iteration in (1, 2, 3):
+            await engines.handle.apply_weights(await weights(iteration))
+        moved_on.set()
+        async with asyncio.timeout(30):
+            while len(engines.pool.serving) < 2:  # noqa: ASYNC110 - what it waits for tells nobody
+                await asyncio.sleep(0.001)
+        assert [member.number for member in engines.pool.serving] == [0, 1]
+        assert engines.pool.room is None
+        assert engines.cluster.actors[1].hosted._service.weights.version.iteration == 3
+
+
 @dataclass
 class Measured(FakeRollout):
     """A service whose engines are a number, always saturated, and of which the learner always wants more."""
@@ -150,6 +190,22 @@ async def test_a_resumed_run_begins_with_the_engines_that_it_wanted_before(start
     await second.follow()
     assert again.asked[0] == 3
     assert any("engines 1 → 3: as many as the run had wanted before" in str(event) for event in second.told)
+
+
+@pytest.mark.parametrize("found", [b"\xff", b"{}\n", b"no JSON\n"])
+async def test_damaged_metrics_cost_a_resumed_run_no_more_than_its_number_of_engines(start, run_file, found):
+    scaled = with_engines(run_file, scaling={"max": 4, "settle": 1})
+    run = scaled.model_copy(update={"learner": scaled.learner.model_copy(update={"max_restarts": 0})})
+    store = MemoryStore()
+    with pytest.raises(LearnerLostError):
+        first = Measured(store=store)
+        await start(store, run, rollout=first, learner=FakeLearner(store=store, lose_at={4})).follow()
+    assert first.asked == [3]
+    for key in store.list("fake/metrics"):
+        store.put(key, found)
+    second = start(store, run)
+    assert await second.follow() == EVERY_ID
+    assert not any("as many as the run had wanted" in str(event) for event in second.told)
 
 
 async def test_a_run_without_scaling_measures_its_engines_and_leaves_them_alone(start, run_file):

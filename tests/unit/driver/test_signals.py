@@ -3,14 +3,17 @@
 import asyncio
 import os
 import signal
+from dataclasses import dataclass, field
 
 import pytest
 from steadyhelm.cli import exit_code
-from steadyhelm.data.types import ObjectRef
+from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion
 from steadyhelm.driver import RunOptions, _cancelled_by_signals
 from steadyhelm.errors import StoppedError
+from steadyhelm.report import read_metrics
 from steadyhelm.services import Served
 from steadyhelm.telemetry import Notice
+from steadyhelm.telemetry.metrics import ITERATION_SECONDS
 from steadyhelm.testing.fake_services import FakeLearner
 from steadyhelm.testing.memory_store import MemoryStore
 
@@ -25,6 +28,26 @@ class Signalled(FakeLearner):
         return await super().export(key)
 
 
+@dataclass
+class Stopped(FakeLearner):
+    """Learns of a signal in its second step; ``behind`` are the iterations with metrics when it saves."""
+
+    driver: object = None
+    behind: list[list[int]] = field(default_factory=list)
+
+    async def step(self, manifest: BatchManifest) -> Served[None]:
+        if manifest.iteration == 2:
+            self.driver._signal = signal.SIGTERM
+            self.driver._loop.stop()
+        return await super().step(manifest)
+
+    async def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:
+        self.behind.append(
+            [line.iteration for line in read_metrics(self.store, "fake") if ITERATION_SECONDS in line.metrics]
+        )
+        return await super().save(version, key)
+
+
 def lines(run) -> list[str]:
     return [event.text for event in run.told if isinstance(event, Notice)]
 
@@ -37,6 +60,16 @@ async def test_a_signal_while_the_run_finishes_is_not_the_end_of_an_unfinished_r
     await run.follow()
     assert run.driver._stopped() == 0
     assert [line.partition(":")[0] for line in lines(run)] == ["Finished. Model"]
+
+
+async def test_no_checkpoint_is_ahead_of_the_metrics_behind_a_signal_either(start):
+    store = MemoryStore()
+    learner = Stopped(store=store)
+    run = start(store, learner=learner)
+    learner.driver = run.driver
+    await run.follow()
+    assert run.log.checkpoint().version.iteration == 2
+    assert learner.behind == [[1, 2]]
 
 
 async def test_who_stops_a_run_reads_the_whole_command_that_goes_on(start):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steadyhelm.errors import EngineLostError, ModelError
+from steadyhelm.errors import EngineLostError, LearnerLostError, ModelError
 from steadyhelm.runtime.pool import ONE, Pool, Stage
 from steadyhelm.runtime.routing import Work
 
@@ -101,6 +101,27 @@ async def test_a_new_member_serves_only_once_it_is_prepared():
     assert fleet.serving() == [0]
     prepared.set()
     await fleet.until(lambda: fleet.serving() == [0, 1])
+    await fleet.pool.close()
+
+
+async def test_a_member_that_alone_hears_nothing_of_the_learner_is_replaced_and_where_all_do_it_is_the_learner():
+    fleet = Fleet(2)
+    await fleet.start()
+
+    async def take(member: Any) -> int:
+        if member.number == 0:
+            raise LearnerLostError("rank 1 did not send them")
+        return member.number
+
+    assert await fleet.pool.everywhere(take) == [1]
+    await fleet.until(lambda: fleet.serving() == [1, 2])
+
+    async def none(member: Any) -> int:
+        raise LearnerLostError("rank 1 did not send them")
+
+    with pytest.raises(LearnerLostError):
+        await fleet.pool.everywhere(none)
+    assert fleet.serving() == [1, 2]
     await fleet.pool.close()
 
 

@@ -147,11 +147,50 @@ def test_a_member_that_is_gone_before_the_group_is_left_out(publisher, monkeypat
     assert sizes == [2]
 
 
-@pytest.mark.parametrize("question", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "0"}\n', b"[1]\n", b"\xff" * 9000])
+def test_where_one_reader_ends_in_the_middle_the_others_fail_at_once_and_ask_again(publisher, monkeypatch):
+    monkeypatch.setattr(broadcast, "GATHER_S", 1.0)
+    monkeypatch.setattr(broadcast, "CHUNK", 1 << 16)
+    record = publish(publisher, 0, large_set())
+    real, struck = broadcast._Group.broadcast, []
+
+    def once(self, part):
+        if self.rank == 2 and not struck:
+            struck.append(True)
+            raise RuntimeError("this reader was struck")
+        real(self, part)
+
+    monkeypatch.setattr(broadcast._Group, "broadcast", once)
+    started = time.monotonic()
+    for found in fetched_by(3, publisher, record):
+        same_bits(found, large_set())
+    assert struck
+    assert time.monotonic() - started < broadcast.CHUNK_S / 2
+
+
+def test_a_version_that_is_given_up_while_it_is_sent_arrives_whole(publisher, monkeypatch):
+    record = publish(publisher, 0, small_set())
+    real = broadcast._Group.broadcast
+
+    def replaced(self, part):
+        if self.rank == 0:
+            for iteration in (1, 2):
+                publish(publisher, iteration, small_set(seed=iteration))
+        real(self, part)
+
+    monkeypatch.setattr(broadcast._Group, "broadcast", replaced)
+    same_bits(reader(publisher).fetch(record), small_set())
+
+
+STRANGE = [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "0"}\n', b"[1]\n", b"\xff" * 9000, b"[" * 4000 + b"\n"]
+STRANGE.append('{"token": "é"}\n'.encode())
+
+
+@pytest.mark.parametrize("question", STRANGE)
 def test_whoever_has_not_the_right_word_gets_no_answer_and_disturbs_nobody(publisher, question):
     record = publish(publisher, 0, small_set())
     (sender,) = notice(publisher, record).senders
-    with socket.create_connection((sender.host, sender.port), timeout=20) as stranger:
+    address = (sender.host, sender.port)
+    with socket.create_connection(address, timeout=20) as stranger, socket.create_connection(address):  # one is mute
         stranger.sendall(question)
         stranger.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):

@@ -131,7 +131,9 @@ class LearnerRank:
         """
         with collect() as spans, span("learner", "publish"):
             record = self._weights.publish(version, key, self._whole_weights(self._share.names), known)
-        size = float(sum(ref.num_bytes for ref in record.objects))
+        stored = self._spec.run.weights.type == "store"
+        parts = record.objects if stored else self._share.layout.blocks  # in the store is only a notice of them
+        size = float(sum(part.num_bytes for part in parts))
         return Served(value=record, spans=tuple(spans), metrics={names.WEIGHTS_BYTES: size})
 
     def save(self, version: PolicyVersion, key: str) -> Served[CheckpointRecord]:

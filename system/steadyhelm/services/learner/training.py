@@ -146,7 +146,12 @@ class Training:
                 yield inputs
         else:
             with prefetched(partial(self._prepare_images, batch), order) as ready:
-                yield (collate(rows) for rows, _ in zip(order, ready, strict=True))
+                yield (self._made(collate, rows) for rows, _ in zip(order, ready, strict=True))
+
+    @staticmethod
+    def _made(collate: Callable[[Sequence[int]], ModelBatch], rows: Sequence[int]) -> ModelBatch:
+        with span("learner", "input"):  # nothing computes meanwhile
+            return collate(rows)
 
     def _prepare_images(self, batch: IterationBatch, rows: Sequence[int]) -> None:
         with span("learner", "images"):
