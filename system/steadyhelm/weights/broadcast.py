@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,7 +153,7 @@ class BroadcastWeights:
         def receive(index: int) -> None:
             blocks = [layout.blocks[block] for block in layout.part(index, len(notice.senders))]
             if blocks:
-                _unpacked(_received(notice.senders[index], record, blocks), blocks, flat)
+                _receive(notice.senders[index], record, blocks, flat)
 
         in_threads(receive, range(len(notice.senders)), len(notice.senders))
         require_checksum(set_checksum(tensors, self._threads), record)
@@ -292,7 +292,7 @@ class _Parts:
                 _write_line(member, {**answer, "size": len(alive) + 1})
         if part is not None and alive:
             with suppress(RuntimeError), _Group(self._store, name, 0, len(alive) + 1, self.sender.host) as group:
-                group.broadcast(part)
+                group.send(part)
 
 
 class _Waiting:
@@ -331,28 +331,64 @@ class _Group:
     def __exit__(self, *exception: object) -> None:
         self._group = None  # a group of gloo ends, and closes its connections, with its last reference
 
-    def broadcast(self, part: torch.Tensor) -> None:
-        """Rank 0's ``part`` [bytes] becomes everybody's, with a deadline on each chunk."""
-        works: deque[Any] = deque()
+    def send(self, part: torch.Tensor) -> None:
+        """Sends ``part`` [bytes] to all others."""
+        chunks = (part[begin : begin + CHUNK] for begin in range(0, len(part), CHUNK))
+        for _ in self._broadcast(chunks):
+            pass
+
+    def receive(self, num_bytes: int, take: Callable[[NDArray[np.uint8]], None]) -> None:
+        """Gives ``take`` one chunk after the other of what rank 0 sends; a chunk is lent until ``take`` returns."""
+        lent = [torch.empty(min(CHUNK, num_bytes), dtype=torch.uint8) for _ in range(AHEAD)]
+        begins = range(0, num_bytes, CHUNK)
+        chunks = (lent[n % AHEAD][: num_bytes - begin] for n, begin in enumerate(begins))
+        for chunk in self._broadcast(chunks):
+            take(chunk.numpy())
+
+    def _broadcast(self, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Broadcasts ``AHEAD`` chunks at a time, each with a deadline; yields each that is done, in order."""
+        under_way: deque[tuple[Any, torch.Tensor]] = deque()
         try:
-            for begin in range(0, len(part), CHUNK):
-                works.append(self._group.broadcast(part[begin : begin + CHUNK], 0, _seconds(CHUNK_S)))
-                if len(works) == AHEAD:
-                    works.popleft().wait(_seconds(CHUNK_S))
-            while works:
-                works.popleft().wait(_seconds(CHUNK_S))
+            for chunk in chunks:
+                under_way.append((self._group.broadcast(chunk, 0, _seconds(CHUNK_S)), chunk))
+                if len(under_way) == AHEAD:
+                    yield _done(*under_way.popleft())
+            while under_way:
+                yield _done(*under_way.popleft())
         finally:
-            works.clear()
+            under_way.clear()
 
 
-def _received(sender: Sender, record: WeightsRecord, blocks: Sequence[Block]) -> torch.Tensor:
-    """A rank's part [bytes]. Raises LearnerLostError, ObjectMissingError."""
-    part = torch.empty(sum(block.num_bytes for block in blocks), dtype=torch.uint8)
+def _done(work: Any, chunk: torch.Tensor) -> torch.Tensor:
+    work.wait(_seconds(CHUNK_S))
+    return chunk
+
+
+class _Unpacking:
+    """Copies a part's bytes, chunk by chunk, to where its blocks' elements belong."""
+
+    def __init__(self, blocks: Sequence[Block], flat: Mapping[str, NDArray[Any]]) -> None:
+        self._views = (view.view(np.uint8) for block in blocks for view in block.views(flat))
+        self._open: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def take(self, chunk: NDArray[np.uint8]) -> None:
+        """The next bytes."""
+        while len(chunk):
+            if not len(self._open):
+                self._open = next(self._views)
+            count = min(len(self._open), len(chunk))
+            self._open[:count] = chunk[:count]
+            self._open, chunk = self._open[count:], chunk[count:]
+
+
+def _receive(sender: Sender, record: WeightsRecord, blocks: Sequence[Block], flat: Mapping[str, NDArray[Any]]) -> None:
+    """Fills a rank's part of the tensors. Raises LearnerLostError, ObjectMissingError."""
+    num_bytes = sum(block.num_bytes for block in blocks)
     for _ in range(TRIES):
         try:
             with _place(sender, record) as group:
-                group.broadcast(part)
-            return part
+                group.receive(num_bytes, _Unpacking(blocks, flat).take)
+            return
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             failure = error.with_traceback(None)  # which would keep the group, and so its connections
     raise LearnerLostError(
@@ -373,15 +409,6 @@ def _place(sender: Sender, record: WeightsRecord) -> Iterator[_Group]:
         own = connection.getsockname()[0]
         with _Group(store, answer["group"], answer["rank"], answer["size"], own) as group:
             yield group
-
-
-def _unpacked(part: torch.Tensor, blocks: Sequence[Block], flat: Mapping[str, NDArray[Any]]) -> None:
-    """Copies a part's bytes to where its blocks' elements belong."""
-    at = 0
-    for block in blocks:
-        for view in block.views(flat):
-            view.view(np.uint8)[:] = part.numpy()[at : at + view.nbytes]
-            at += view.nbytes
 
 
 def _has_closed(connection: socket.socket) -> bool:

@@ -197,9 +197,10 @@ async def test_damaged_metrics_cost_a_resumed_run_no_more_than_its_number_of_eng
     scaled = with_engines(run_file, scaling={"max": 4, "settle": 1})
     run = scaled.model_copy(update={"learner": scaled.learner.model_copy(update={"max_restarts": 0})})
     store = MemoryStore()
+    first = Measured(store=store)
+    learner = FakeLearner(store=store, lose_at={4})
     with pytest.raises(LearnerLostError):
-        first = Measured(store=store)
-        await start(store, run, rollout=first, learner=FakeLearner(store=store, lose_at={4})).follow()
+        await start(store, run, rollout=first, learner=learner).follow()
     assert first.asked == [3]
     for key in store.list("fake/metrics"):
         store.put(key, found)

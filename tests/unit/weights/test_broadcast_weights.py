@@ -151,15 +151,15 @@ def test_where_one_reader_ends_in_the_middle_the_others_fail_at_once_and_ask_aga
     monkeypatch.setattr(broadcast, "GATHER_S", 1.0)
     monkeypatch.setattr(broadcast, "CHUNK", 1 << 16)
     record = publish(publisher, 0, large_set())
-    real, struck = broadcast._Group.broadcast, []
+    real, struck = broadcast._Group.receive, []
 
-    def once(self, part):
+    def once(self, num_bytes, take):
         if self.rank == 2 and not struck:
             struck.append(True)
             raise RuntimeError("this reader was struck")
-        real(self, part)
+        real(self, num_bytes, take)
 
-    monkeypatch.setattr(broadcast._Group, "broadcast", once)
+    monkeypatch.setattr(broadcast._Group, "receive", once)
     started = time.monotonic()
     for found in fetched_by(3, publisher, record):
         same_bits(found, large_set())
@@ -169,15 +169,14 @@ def test_where_one_reader_ends_in_the_middle_the_others_fail_at_once_and_ask_aga
 
 def test_a_version_that_is_given_up_while_it_is_sent_arrives_whole(publisher, monkeypatch):
     record = publish(publisher, 0, small_set())
-    real = broadcast._Group.broadcast
+    real = broadcast._Group.send
 
     def replaced(self, part):
-        if self.rank == 0:
-            for iteration in (1, 2):
-                publish(publisher, iteration, small_set(seed=iteration))
+        for iteration in (1, 2):
+            publish(publisher, iteration, small_set(seed=iteration))
         real(self, part)
 
-    monkeypatch.setattr(broadcast._Group, "broadcast", replaced)
+    monkeypatch.setattr(broadcast._Group, "send", replaced)
     same_bits(reader(publisher).fetch(record), small_set())
 
 
@@ -266,12 +265,12 @@ def test_a_publisher_that_dies_or_stalls_in_the_middle_ends_the_wait(other, how,
     process, end, record = other
     monkeypatch.setattr(broadcast, "CHUNK_S", 2.0)
     monkeypatch.setattr(broadcast, "CONNECT_S", 2.0)
-    real = broadcast._Group.broadcast
+    real = broadcast._Group.receive
 
-    def struck(self, part):
+    def struck(self, num_bytes, take):
         process.send_signal(how)
-        real(self, part)
+        real(self, num_bytes, take)
 
-    monkeypatch.setattr(broadcast._Group, "broadcast", struck)
+    monkeypatch.setattr(broadcast._Group, "receive", struck)
     with pytest.raises(LearnerLostError, match="did not send them"):
         end.fetch(record)
