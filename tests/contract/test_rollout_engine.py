@@ -5,7 +5,8 @@ import io
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,9 +44,12 @@ from steadyhelm.services.rollout.served import Dialect, Guest, ServedEngine
 from steadyhelm.services.rollout.sglang import SglangDialect
 from steadyhelm.services.rollout.transformers import TransformersEngine
 from steadyhelm.services.rollout.vllm import VllmDialect
-from steadyhelm.store import open_store
+from steadyhelm.store import ObjectStore, open_store
 from steadyhelm.store.images import get_image, put_image
 from steadyhelm.testing.fake_engine import TABLE, FakeEngine
+from steadyhelm.weights import WeightSync
+from steadyhelm.weights.broadcast import BroadcastWeights
+from steadyhelm.weights.local import LocalWeights
 from steadyhelm.weights.store import StoreWeights
 
 FIRST = PolicyVersion(iteration=4, attempt=2)
@@ -94,7 +98,7 @@ class TransformersSubject:
         model = load_model(folder, dtype="float32")
         self._encoder = encoder
         self._scorers = [load_model(folder, dtype="float32")]
-        self._weights = StoreWeights(self._store)
+        self._weights: WeightSync = StoreWeights(self._store)
         self.eos_ids, self.banned_ids = encoder.eos_ids, encoder.banned_ids
         self.corrupt = put_image(self._store, picture(9)[:200])
         self.engine = TransformersEngine(model, encoder, batch=8, version=FIRST, fetch=self._weights.fetch)
@@ -202,6 +206,18 @@ class ServedSubject(TransformersSubject):
         self.engine = self._served(
             Guest(key=self.process.key, folder=folder, first=self._scorers[0].state_dict), dialect, FIRST
         )
+
+    @contextmanager
+    def weights_by(self, way: Callable[[ObjectStore], WeightSync]) -> Iterator[None]:
+        """Within it ``record`` publishes this way, and the engine fetches so."""
+        before, self._weights = self._weights, way(self._store)
+        self.engine._fetch = self._weights.fetch
+        try:
+            yield
+        finally:
+            self._weights.close()
+            self._weights = before
+            self.engine._fetch = before.fetch
 
     def put(self, image: bytes) -> ImageKey:
         return put_image(self._store, image)
@@ -579,6 +595,23 @@ async def test_a_server_samples_behind_an_update_in_flight_as_if_the_new_weights
         for version, part in ((0, slice(0, old)), (1, slice(old, None))):
             expected = served.logprobs(version, requests[completion.prompt_id], completion.tokens)
             np.testing.assert_allclose(completion.logprobs[part], expected[part], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [LocalWeights, BroadcastWeights])
+async def test_weights_that_come_by_shared_memory_or_by_broadcast_are_the_trainers_too(
+    served: ServedSubject, way: type[LocalWeights | BroadcastWeights]
+) -> None:
+    with served.weights_by(way):
+        requests = several(served, 4)
+        await answers(served, requests)
+        for index, iteration in enumerate((5, 6), 1):
+            await served.engine.apply_weights(served.record(PolicyVersion(iteration=iteration, attempt=2)))
+            found = await answers(served, requests)  # of the same images
+            for request in requests:
+                completion = found[request.prompt_id]
+                assert set(completion.versions.tolist()) == {iteration}
+                expected = served.logprobs(index, request, completion.tokens)
+                np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
 
 
 async def test_the_same_id_asked_for_again_gets_the_same_answer(served: ServedSubject) -> None:
