@@ -60,6 +60,7 @@ class Head:
     """A Ray head with pools, a token, and one run's folder."""
 
     folder: Path
+    ray: str
     api: str
     status: str
     environment: dict[str, str]
@@ -125,7 +126,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
     command[0] = str(Path(sys.executable).with_name("ray"))
     process = started(command, environment, tmp_path / "head.txt")
     try:
-        yield Head(folder, f"http://127.0.0.1:{api}", f"http://127.0.0.1:{status}", environment)
+        yield Head(folder, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{api}", f"http://127.0.0.1:{status}", environment)
     finally:
         end(process)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -205,3 +206,17 @@ def test_a_run_is_sent_found_left_stopped_and_gone_on_with(head: Head):
     everything = head.done(head.command("logs", "sent-transformers", "--log-format", "json")).stdout
     assert TOKEN not in everything
     assert TOKEN not in head.done(head.command("list", "--json")).stdout
+
+
+@pytest.mark.runs
+@pytest.mark.timeout(600)
+def test_a_run_leaves_a_cluster_alone_that_somebody_else_runs_and_that_its_environment_names(head: Head):
+    command = [sys.executable, "-m", "steadyhelm.cli", "run", str(head.folder / "run.yaml"), "--id", "alone"]
+    command += ["--set", f"store.uri={head.store.root}", "--set", "schedule.iterations=1"]
+    environment = {**head.environment, "RAY_ADDRESS": head.ray}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert CommitLog.read(head.store, "alone").finished() is not None
+    request = urllib.request.Request(f"{head.api}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert json.loads(answer.read()) == []  # drivers that joined it would be here

@@ -301,6 +301,8 @@ def test_spans_count_forward_backward_and_optimiser_as_computing_and_nothing_els
     spans = dict(step["spans"])
     assert spans == {
         "read": False,
+        "images": False,
+        "input": False,
         "collate": False,
         "proximal": True,
         "forward": True,
