@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import runpy
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,8 +26,9 @@ from steadyhelm.store import LocalStore
 from steadyhelm.weights.transports import make_sync
 from transformers import PreTrainedModel
 
+DELTA = "delta, store in a folder"
 TRANSPORTS: Mapping[str, Weights] = {
-    "delta, store in a folder": StoreTransport(anchor_every=10_000),
+    DELTA: StoreTransport(anchor_every=10_000),
     "safetensors, store in a folder": StoreTransport(anchor_every=1),
     "shared memory": LocalTransport(),
     "broadcast, gloo on loopback": BroadcastTransport(),
@@ -39,7 +41,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """Seconds of the fastest sync, of the shortest pause in one, and of sampling a batch."""
+    """Median seconds of a sync and of the pause in one, and those of sampling a batch."""
 
     sync: float
     pause: float
@@ -94,7 +96,7 @@ async def _swap(folder: Path, root: Path, transport: Weights, versions: tuple[Te
     batch = time.perf_counter() - started
     await engine.close()
     publisher.close()
-    return Swap(sync=min(syncs), pause=min(pauses), batch=batch)
+    return Swap(sync=statistics.median(syncs), pause=statistics.median(pauses), batch=batch)
 
 
 async def _sample(engine: TransformersEngine, encoder: PromptEncoder, number: int, tokens: int) -> set[int]:
