@@ -102,6 +102,10 @@ class PromptEncoder:
         """The prepared image's patches (time, height, width). Raises DataError as ``image`` does."""
         return self.image(image).grid if self._images is None else self._images.grid(image)
 
+    def keeps(self, images: Iterable[ImageKey]) -> bool:
+        """Whether all of them are prepared already."""
+        return self._images is None or self._images.keeps(images)
+
     def keep(self, images: Iterable[ImageKey]) -> None:
         """Prepares images ahead of their use. Raises DataError as ``image`` does."""
         for image in images:

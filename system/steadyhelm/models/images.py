@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -138,6 +138,11 @@ class ImageCache:
         with self._lock:
             kept = self._kept.get(image) if isinstance(image, str) else None
         return self.get(image).grid if kept is None else kept.grid
+
+    def keeps(self, images: Iterable[ImageKey]) -> bool:
+        """Whether all of them are prepared already."""
+        with self._lock:
+            return all(image in self._kept for image in images)
 
     def keep(self, image: ImageKey) -> None:
         """Prepares the image so that the next ``get`` finds it. Raises DataError, and what ``fetch`` raises."""

@@ -6,10 +6,11 @@ result does not depend on how rows are cut into micro-batches, padded or dealt t
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from steadyhelm.algorithms.minibatches import minibatches
 from steadyhelm.algorithms.objective import LossParts, denominator
 from steadyhelm.config.algorithm import Sft
 from steadyhelm.config.run import RunFile
+from steadyhelm.data.types import ImageKey
 from steadyhelm.errors import NonFiniteError
 from steadyhelm.models.batch import ModelBatch, TokenSequence, collate
 from steadyhelm.models.encoder import PromptEncoder
@@ -69,6 +71,10 @@ def _scored_first(target: Target, steps: Sequence[OptimiserStep]) -> list[Optimi
     if not isinstance(target, PolicyTarget):
         return []
     return [step for step in steps[0 if target.needs_proximal_first else 1 :] if step.epoch == 0]
+
+
+def _images(batch: IterationBatch, rows: Iterable[int]) -> set[ImageKey]:
+    return {key for row in set(rows) for key in batch.trajectories[row].prompt.images}
 
 
 @dataclass(slots=True)
@@ -144,6 +150,8 @@ class Training:
         if self._device.type == "cuda":
             with prefetched(collate, order) as inputs:
                 yield inputs
+        elif self._encoder.keeps(_images(batch, itertools.chain(*order))):
+            yield (self._made(collate, rows) for rows in order)
         else:
             with prefetched(partial(self._prepare_images, batch), order) as ready:
                 yield (self._made(collate, rows) for rows, _ in zip(order, ready, strict=True))
@@ -155,7 +163,7 @@ class Training:
 
     def _prepare_images(self, batch: IterationBatch, rows: Sequence[int]) -> None:
         with span("learner", "images"):
-            self._encoder.keep({key for row in rows for key in batch.trajectories[row].prompt.images})
+            self._encoder.keep(_images(batch, rows))
 
     def _plan(self, batch: IterationBatch) -> list[OptimiserStep]:
         run, algorithm = self._run, self._run.algorithm
