@@ -28,13 +28,13 @@ OVERLONG, STALE = "dropped:overlong", "dropped:stale"
 """Ends of prompts that are not trained on: too long; sampled by too old a policy."""
 
 SUMMED = (names.ROLLOUT_TOKENS, names.ROLLOUT_SAMPLES)
+"""Metrics of a shard that add up; those that end in ``_max`` take the largest, all others are means."""
 SPEEDS = (
     ("rollout.generate", names.ROLLOUT_TOKENS_PER_S, names.ROLLOUT_TOKENS),
     ("reference.forward", names.REFERENCE_TOKENS_PER_S, names.ROLLOUT_TOKENS),
     ("reward.score", names.REWARD_SAMPLES_PER_S, names.ROLLOUT_SAMPLES),
 )
 """Phases, the metric of their speed, and what of it they work on; where workers overlap, time counts once."""
-"""Metrics of a shard that add up; those that end in ``_max`` take the largest, all others are means."""
 
 T = TypeVar("T")
 

@@ -107,11 +107,9 @@ class PromptEncoder:
         return self._images is None or self._images.keeps(images)
 
     def keep(self, images: Iterable[ImageKey]) -> None:
-        """Prepares images ahead of their use. Raises DataError as ``image`` does."""
-        for image in images:
-            if self._images is None:
-                self.image(image)
-            else:
+        """Prepares images ahead of their use, where the model has any. Raises DataError as ``image`` does."""
+        if self._images is not None:
+            for image in images:
                 self._images.keep(image)
 
     def picture(self, image: ImageKey) -> bytes:

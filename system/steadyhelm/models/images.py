@@ -146,9 +146,7 @@ class ImageCache:
 
     def keep(self, image: ImageKey) -> None:
         """Prepares the image so that the next ``get`` finds it. Raises DataError, and what ``fetch`` raises."""
-        with self._lock:
-            known = image in self._kept
-        if not known:
+        if not self.keeps((image,)):
             self.get(image)
 
     def picture(self, image: ImageKey) -> bytes:

@@ -35,12 +35,13 @@ from numpy.typing import NDArray
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from steadyhelm.data.types import PolicyVersion, WeightsRecord
-from steadyhelm.errors import CorruptObjectError, LearnerLostError, ObjectMissingError, ResourceError, first_line
+from steadyhelm.errors import LearnerLostError, ObjectMissingError, ResourceError, first_line
 from steadyhelm.store import ObjectStore
-from steadyhelm.store.records import dumps, from_json, loads, to_json
+from steadyhelm.store.records import from_json, to_json
 from steadyhelm.weights.checksum import combined, digest, in_threads, require_checksum, set_checksum
 from steadyhelm.weights.codec import DTYPE_NAMES, DTYPES
 from steadyhelm.weights.layout import Block, Layout, flat_words
+from steadyhelm.weights.notice import announce, read_notice
 from steadyhelm.weights.share import Share
 
 LOOPBACK = "127.0.0.1"
@@ -132,10 +133,10 @@ class BroadcastWeights:
         if known is not None and known.checksum == checksum and self._parts and str(known.version) in self._parts:
             return known
         senders = tuple(from_json(Sender, answer["sender"], "a rank's address") for answer in told)
-        records = share.exchange(
-            lambda: self._announce(version, key, share.layout, senders, checksum) if share.index == 0 else ""
-        )
-        return from_json(WeightsRecord, json.loads(records[0]), "rank 0's weights")
+        specs = share.layout.specs
+        described = tuple(Described(name=spec.name, dtype=DTYPE_NAMES[spec.dtype], shape=spec.shape) for spec in specs)
+        notice = Notice(senders=senders, tensors=described)
+        return announce(self._store, share, f"{key}/broadcast.json", notice, version, checksum)
 
     def fetch(self, record: WeightsRecord) -> Mapping[str, torch.Tensor]:
         """The tensors of ``record``, verified as a whole against its checksum.
@@ -145,7 +146,7 @@ class BroadcastWeights:
             ObjectMissingError: a rank has given them up for later ones, or there is no notice of them.
             CorruptObjectError: they are not what ``record`` says.
         """
-        notice = self._notice(record)
+        notice = read_notice(Notice, self._store, record, "for broadcast")
         layout = notice.layout
         tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in layout.specs}
         flat = {name: flat_words(tensor) for name, tensor in tensors.items()}
@@ -184,22 +185,6 @@ class BroadcastWeights:
             self._parts = _Parts(self._host)
         self._parts.add(str(version), part)
         return json.dumps({"sender": to_json(self._parts.sender), "digests": digests})
-
-    def _announce(
-        self, version: PolicyVersion, key: str, layout: Layout, senders: tuple[Sender, ...], checksum: str
-    ) -> str:
-        """Puts the notice; the version's record as JSON."""
-        tensors = tuple(
-            Described(name=spec.name, dtype=DTYPE_NAMES[spec.dtype], shape=spec.shape) for spec in layout.specs
-        )
-        ref = self._store.put(f"{key}/broadcast.json", dumps(to_json(Notice(senders=senders, tensors=tensors))))
-        return json.dumps(to_json(WeightsRecord(version=version, objects=(ref,), checksum=checksum)))
-
-    def _notice(self, record: WeightsRecord) -> Notice:
-        if len(record.objects) != 1:
-            raise CorruptObjectError(f"weights {record.version} were not published for broadcast: publish them anew")
-        ref = record.objects[0]
-        return from_json(Notice, loads(self._store.read(ref), ref.key), ref.key)
 
 
 class _Parts:

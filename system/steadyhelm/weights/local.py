@@ -36,10 +36,10 @@ from steadyhelm.data.types import PolicyVersion, WeightsRecord
 from steadyhelm.errors import ConfigError, CorruptObjectError, ObjectMissingError, ResourceError
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.memory import SHARED, memory_folder
-from steadyhelm.store.records import dumps, from_json, loads, to_json
 from steadyhelm.weights import codec
 from steadyhelm.weights.checksum import combined, digest, in_threads, require_checksum, set_checksum
 from steadyhelm.weights.layout import Block, Layout, flat_words
+from steadyhelm.weights.notice import announce, read_notice
 from steadyhelm.weights.share import Share
 
 KEPT = 2
@@ -116,8 +116,8 @@ class LocalWeights:
         path = Path(begun[0]["path"])
         digests = share.exchange(lambda: self._write(path, share, tensors))
         checksum = combined(share.layout, bytes.fromhex("".join(digests)))
-        told = share.exchange(lambda: self._announce(version, key, path, checksum) if share.index == 0 else "")
-        return from_json(WeightsRecord, json.loads(told[0]), "rank 0's weights")
+        notice = Notice(machine=this_machine(), path=str(path))
+        return announce(self._store, share, f"{key}/local.json", notice, version, checksum)
 
     def fetch(self, record: WeightsRecord) -> MappedTensors:
         """The tensors of ``record``, verified as a whole against its checksum; nothing is copied.
@@ -127,7 +127,7 @@ class LocalWeights:
             ConfigError: it lies on another machine.
             CorruptObjectError: it is not what ``record`` says.
         """
-        notice = self._notice(record)
+        notice = read_notice(Notice, self._store, record, "in shared memory")
         if notice.machine != this_machine():
             raise ConfigError(
                 f"weights.type is 'local', but the learner that published weights {record.version} and this engine "
@@ -186,19 +186,6 @@ class LocalWeights:
                 return b"".join(in_threads(write, share.blocks, self._threads)).hex()
             finally:
                 os.close(file)
-
-    def _announce(self, version: PolicyVersion, key: str, path: Path, checksum: str) -> str:
-        """Puts the notice; the version's record as JSON."""
-        notice = Notice(machine=this_machine(), path=str(path))
-        ref = self._store.put(f"{key}/local.json", dumps(to_json(notice)))
-        return json.dumps(to_json(WeightsRecord(version=version, objects=(ref,), checksum=checksum)))
-
-    def _notice(self, record: WeightsRecord) -> Notice:
-        """Raises ObjectMissingError, CorruptObjectError."""
-        if len(record.objects) != 1:
-            raise CorruptObjectError(f"weights {record.version} were not published in shared memory: publish them anew")
-        ref = record.objects[0]
-        return from_json(Notice, loads(self._store.read(ref), ref.key), ref.key)
 
 
 class _Folder:

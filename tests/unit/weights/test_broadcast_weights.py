@@ -47,6 +47,14 @@ def notice(publisher, record):
     return from_json(Notice, loads(publisher._store.read(ref), ref.key), ref.key)
 
 
+def asked(publisher, record):
+    """A connection by which somebody has asked for ``record`` and says no more."""
+    (sender,) = notice(publisher, record).senders
+    connection = socket.create_connection((sender.host, sender.port))
+    connection.sendall(json.dumps({"token": sender.token, "version": str(record.version)}).encode() + b"\n")
+    return connection
+
+
 def fetched_by(readers, publisher, record):
     """What several readers get that ask at one time."""
     together = threading.Barrier(readers)
@@ -129,9 +137,7 @@ def test_a_member_that_asks_and_then_falls_silent_costs_the_others_a_second_try(
     monkeypatch.setattr(broadcast, "CONNECT_S", 3.0)
     sizes = groups(monkeypatch)
     record = publish(publisher, 0, small_set())
-    (sender,) = notice(publisher, record).senders
-    with socket.create_connection((sender.host, sender.port)) as silent:
-        silent.sendall(json.dumps({"token": sender.token, "version": "0.1"}).encode() + b"\n")
+    with asked(publisher, record):
         same_bits(reader(publisher).fetch(record), small_set())
     assert sizes == [3, 2]
 
@@ -140,9 +146,7 @@ def test_a_member_that_is_gone_before_the_group_is_left_out(publisher, monkeypat
     monkeypatch.setattr(broadcast, "GATHER_S", 1.0)
     sizes = groups(monkeypatch)
     record = publish(publisher, 0, small_set())
-    (sender,) = notice(publisher, record).senders
-    with socket.create_connection((sender.host, sender.port)) as gone:
-        gone.sendall(json.dumps({"token": sender.token, "version": "0.1"}).encode() + b"\n")
+    asked(publisher, record).close()
     same_bits(reader(publisher).fetch(record), small_set())
     assert sizes == [2]
 
