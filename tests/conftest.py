@@ -13,7 +13,6 @@ os.environ.update(
     }
 )
 
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import pytest
 from steadyhelm.testing.s3_server import CREDENTIALS, ONE_AT_A_TIME, make_bucket, s3_server
+
+from tests.programs import fetched
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = ROOT / "workloads" / "r1_reward"
@@ -40,11 +41,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def versitygw() -> Path:
     """The S3 server's executable, built once per machine."""
-    done = subprocess.run([ROOT / ".ci" / "versitygw"], capture_output=True, text=True)
-    if done.returncode == 3:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    return fetched("versitygw")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import logging
 from prometheus_client import start_http_server
 from steadyhelm import telemetry
 
-from steadyhelm_operator.client import Heads, Kubernetes
+from steadyhelm_operator.client import JOBS_URL, STATUS_URL, Heads, Kubernetes
 from steadyhelm_operator.controller import Controller
 from steadyhelm_operator.handlers import serve
 from steadyhelm_operator.metrics import Metrics
@@ -22,8 +22,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=16, help="TrainingRuns that are looked at side by side")
     parser.add_argument("--health-port", type=int, default=8080, help="port of /healthz; 0 opens none")
     parser.add_argument("--metrics-port", type=int, default=9464, help="port of Prometheus' metrics; 0 opens none")
-    parser.add_argument("--jobs-url", default="http://{host}:8265", help="where heads have the Ray Jobs API")
-    parser.add_argument("--status-url", default="http://{host}:8266", help="where heads have their run's status")
+    parser.add_argument("--jobs-url", default=JOBS_URL, help="where heads have the Ray Jobs API")
+    parser.add_argument("--status-url", default=STATUS_URL, help="where heads have their run's status")
     parser.add_argument("--log-format", choices=("human", "json"), default="json", help="log lines on stderr")
     given = parser.parse_args(words)
 

@@ -10,19 +10,17 @@ import binascii
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import kopf
 import urllib3
-from pydantic import ValidationError
-from steadyhelm.errors import RequestRefusedError, SteadyhelmError, TokenRefusedError, UnreachableError
-from steadyhelm.jobs import Job, JobRequest, Jobs
-from steadyhelm.telemetry.status import PATH as STATUS_PATH
+from steadyhelm.errors import FatalError, RequestRefusedError, SteadyhelmError, TokenRefusedError, UnreachableError
+from steadyhelm.jobs import API_PORT, STATUS_PORT, TOKEN_KEY, Job, JobRequest, Jobs, read_status
 from steadyhelm.telemetry.status import RunStatus
 
 from steadyhelm_operator.api import GROUP, PLURAL, VERSION, Attempt
-from steadyhelm_operator.resources import TOKEN_KEY
 from steadyhelm_operator.state import ClusterView, HeadView, JobView, Submit
 
 TIMEOUT_S = 10.0
@@ -36,8 +34,10 @@ CLUSTERS = "/apis/ray.io/v1/namespaces/{}/rayclusters"
 MERGE, PATCH = "application/merge-patch+json", "application/json-patch+json"
 LIVING = ("starting", "running")
 """Phases of a document that only a driver that goes on serves."""
-Counter = Callable[[str, str, int], None]
-"""Is told each request: verb, resource, HTTP status (0: none)."""
+JOBS_URL, STATUS_URL = f"http://{{host}}:{API_PORT}", f"http://{{host}}:{STATUS_PORT}"
+"""Where heads answer; ``{host}``, ``{name}`` and ``{namespace}`` are the cluster's."""
+Counter = Callable[[str, str, int, float], None]
+"""Is told each request: verb, resource, HTTP status (0: no answer), and how many seconds it took."""
 
 
 class ConflictError(SteadyhelmError):
@@ -67,7 +67,7 @@ class Kubernetes:
     def __init__(
         self, access: Callable[[], kopf.ConnectionInfo] = login, count: Counter | None = None, connections: int = 32
     ) -> None:
-        self._access, self._count, self._connections = access, count or (lambda *_: None), connections
+        self._access, self._count, self._connections = access, count or _uncounted, connections
         self._lock = threading.Lock()
         self._until = 0.0
         self._server = ""
@@ -133,15 +133,15 @@ class Kubernetes:
     def _ask(self, verb: str, place: str, body: Any = None, kind: str = "application/json") -> dict[str, Any]:
         pool, server, headers = self._connection()
         sent = None if body is None else json.dumps(body).encode()
-        resource = _resource(place)
+        resource, began = _resource(place), time.perf_counter()
         try:
             answer = pool.request(
                 verb, server + place, body=sent, headers={**headers, "Content-Type": kind, "Accept": "application/json"}
             )
         except urllib3.exceptions.HTTPError as error:
-            self._count(verb, resource, 0)
+            self._count(verb, resource, 0, time.perf_counter() - began)
             raise UnreachableError(f"the Kubernetes API does not answer: {error}") from error
-        self._count(verb, resource, answer.status)
+        self._count(verb, resource, answer.status, time.perf_counter() - began)
         if answer.status < 400:
             found: dict[str, Any] = json.loads(answer.data)
             return found
@@ -180,22 +180,20 @@ class Heads:
 
     Args:
         kubernetes: for the Secrets with the tokens.
-        jobs_url, status_url: with ``{host}``, ``{name}`` and ``{namespace}``; tests put servers of their own there.
+        jobs_url, status_url: forms like ``JOBS_URL``; tests put servers of their own there.
+        count: is told what is asked of heads, with 400 for any answer that refuses it.
     """
 
     def __init__(
         self,
         kubernetes: Kubernetes,
-        jobs_url: str = "http://{host}:8265",
-        status_url: str = "http://{host}:8266",
+        jobs_url: str = JOBS_URL,
+        status_url: str = STATUS_URL,
         count: Counter | None = None,
     ) -> None:
         self._kubernetes, self._jobs_url, self._status_url = kubernetes, jobs_url, status_url
-        self._count = count or (lambda *_: None)
+        self._count = count or _uncounted
         self._tokens: dict[tuple[str, str], str] = {}
-        self._pool = urllib3.PoolManager(
-            num_pools=64, maxsize=4, timeout=urllib3.Timeout(connect=2.0, read=HEAD_S), retries=False
-        )
 
     def view(self, cluster: ClusterView, attempt: Attempt, run: str) -> HeadView:
         """What a head says about an attempt of the run with that id. Says it, too, where the head does not answer."""
@@ -208,40 +206,43 @@ class Heads:
                     and document.phase in LIVING
                 ):
                     return HeadView(reachable=True, job=JobView(status="RUNNING"), document=document)
-            job = self._head(cluster).get(attempt.submission_id)
-            self._count("GET", "jobs", 200)
+            head = self._head(cluster)
+            with self._asked("GET", "jobs"):
+                job = head.get(attempt.submission_id)
             if job is None:
                 return HeadView(reachable=True)
             return HeadView(reachable=True, job=_view(job), document=self._last_words(cluster, job, run))
         except SteadyhelmError as error:
             if isinstance(error, TokenRefusedError):
                 self._tokens.pop((cluster.namespace, cluster.secret), None)  # it may have been replaced
-            self._count("GET", "jobs", 0)
             return HeadView(reachable=False, problem=str(error).rstrip("."))
 
     def submit(self, cluster: ClusterView, request: Submit) -> None:
         """Ships the files and submits the job, unless one of that id is there."""
         head = self._head(cluster)
-        folder = head.upload(request.files)
-        head.submit(
-            JobRequest(
-                submission_id=request.submission_id,
-                entrypoint=request.entrypoint,
-                working_dir=folder,
-                metadata=request.metadata,
+        with self._asked("POST", "packages"):
+            folder = head.upload(request.files)
+        with self._asked("POST", "jobs"):
+            head.submit(
+                JobRequest(
+                    submission_id=request.submission_id,
+                    entrypoint=request.entrypoint,
+                    working_dir=folder,
+                    metadata=request.metadata,
+                )
             )
-        )
-        self._count("POST", "jobs", 200)
 
     def stop(self, cluster: ClusterView, submission_id: str) -> None:
         """Has a job's driver end."""
-        self._head(cluster).stop(submission_id)
-        self._count("POST", "jobs", 200)
+        head = self._head(cluster)
+        with self._asked("POST", "jobs"):
+            head.stop(submission_id)
 
     def forget(self, cluster: ClusterView, submission_id: str) -> None:
         """Takes the record of a job that has ended out of the Jobs API."""
-        self._head(cluster).delete(submission_id)
-        self._count("DELETE", "jobs", 200)
+        head = self._head(cluster)
+        with self._asked("DELETE", "jobs"):
+            head.delete(submission_id)
 
     def _head(self, cluster: ClusterView) -> Jobs:
         return Jobs(self._url(self._jobs_url, cluster), self._token(cluster), HEAD_S)
@@ -268,17 +269,28 @@ class Heads:
         """The document that the head serves; None where none is served, or another run's."""
         token = self._token(cluster)
         try:
-            answer = self._pool.request(
-                "GET",
-                self._url(self._status_url, cluster) + STATUS_PATH,
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-            )
-            self._count("GET", "status", answer.status)
-            found = RunStatus.model_validate_json(answer.data) if answer.status == 200 else None
-        except (urllib3.exceptions.HTTPError, ValidationError):
-            self._count("GET", "status", 0)
+            with self._asked("GET", "status"):
+                found = read_status(self._url(self._status_url, cluster), token, HEAD_S)
+        except SteadyhelmError:  # the Jobs API is asked next, and says whether the head answers at all
             return None
-        return found if found is not None and found.run == run else None
+        return found if found.run == run else None
+
+    @contextmanager
+    def _asked(self, verb: str, resource: str) -> Iterator[None]:
+        """Counts what a head is asked in the block, which may take more than one request."""
+        began, code = time.perf_counter(), 0
+        try:
+            yield
+            code = 200
+        except FatalError:
+            code = 400
+            raise
+        finally:
+            self._count(verb, resource, code, time.perf_counter() - began)
+
+
+def _uncounted(verb: str, resource: str, code: int, seconds: float) -> None:
+    """Where nobody counts."""
 
 
 def _view(job: Job) -> JobView:

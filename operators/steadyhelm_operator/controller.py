@@ -7,12 +7,13 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from steadyhelm.errors import SteadyhelmError
+from steadyhelm.jobs import doubling
 
 from steadyhelm_operator import resources
 from steadyhelm_operator.api import FINALIZER, Status
@@ -53,7 +54,7 @@ PROGRESS_S = 30.0
 PODS_S = 15.0
 """How often the pods of a cluster are looked at that are not all ready."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-"""Bounds of the pause behind an error; it doubles."""
+"""Bounds of the pause behind an error."""
 SPREAD = 0.1
 """Share by which the time of the next look is spread, so that runs do not come all at once."""
 
@@ -88,7 +89,7 @@ class Controller:
         self._where: dict[Name, Name] = {}
         self._written: dict[Name, float] = {}
         self._pods: dict[Name, tuple[float, tuple[Problem, ...]]] = {}
-        self._pauses: dict[Name, float] = {}
+        self._pauses: dict[Name, Iterator[float]] = {}
         self._told: dict[Name, str] = {}
         self._threads: list[threading.Thread] = []
         self.beat = time.monotonic()
@@ -198,8 +199,7 @@ class Controller:
     def _failed(self, name: Name, error: Exception) -> float:
         kind = type(error).__name__
         self.metrics.errors.labels(error=kind).inc()
-        pause = min(2 * self._pauses.get(name, FIRST_PAUSE_S / 2), LONGEST_PAUSE_S)
-        self._pauses[name] = pause
+        pause = next(self._pauses.setdefault(name, doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S)))
         ours = isinstance(error, SteadyhelmError)
         log.log(logging.WARNING if ours else logging.ERROR, "%s/%s: %s", *name, error, exc_info=None if ours else error)
         with self._lock:

@@ -17,8 +17,15 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "steadyhelm_operator_requests",
-            "Requests to the Kubernetes API and to heads; code 0 stands for no answer.",
+            "Requests to the Kubernetes API and to heads; code 0 stands for no answer, of heads 400 for a refusal.",
             ("verb", "resource", "code"),
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "steadyhelm_operator_request_seconds",
+            "Seconds until such a request was answered.",
+            ("verb", "resource"),
+            buckets=SECONDS,
             registry=self.registry,
         )
         self.reconciles = Histogram(
@@ -41,9 +48,10 @@ class Metrics:
             "steadyhelm_operator_queued", "TrainingRuns that wait for a look, now or later.", registry=self.registry
         )
 
-    def count(self, verb: str, resource: str, code: int) -> None:
+    def count(self, verb: str, resource: str, code: int, seconds: float) -> None:
         """Takes a request down."""
         self.requests.labels(verb=verb, resource=resource, code=str(code)).inc()
+        self.seconds.labels(verb=verb, resource=resource).observe(seconds)
 
     def phases(self, phases: Iterable[str]) -> None:
         """Takes down how many runs are in which phase."""

@@ -30,8 +30,6 @@ from steadyhelm_operator.state import (
 Manifest = dict[str, Any]
 RUN_FILE = "run.yaml"
 """Name of the run file in what is shipped to the cluster."""
-TOKEN_KEY = "auth_token"  # noqa: S105 - the key's name, not a token
-"""Where a Secret of KubeRay has the Ray API's token."""
 STORE_VARIABLE = "STEADYHELM_STORE_URI"
 """Environment variable of the cluster's pods that names the store of runs."""
 

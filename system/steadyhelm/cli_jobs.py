@@ -31,10 +31,6 @@ POLL_S = 0.5
 """Seconds between two looks at a job that is to stop."""
 ANSWER_S = 30.0
 """How long a cluster may take to answer, of which a busy head needs some."""
-STATUS_PORT = 8266
-"""Where drivers serve their status on a head that the cluster chart made."""
-API_PORT = 8265
-"""Where Ray serves its Jobs API."""
 
 Address = Annotated[
     str,
@@ -246,7 +242,7 @@ def _cluster(
     from urllib.parse import urlsplit
 
     from steadyhelm.errors import ConfigError
-    from steadyhelm.jobs import Jobs, api_token
+    from steadyhelm.jobs import API_PORT, STATUS_PORT, Jobs, api_token
     from steadyhelm.jobs.forward import PortForward, secret_token
 
     try:
@@ -257,7 +253,7 @@ def _cluster(
     if release:
         again = ("--release", release, *(("--namespace", namespace) if namespace else ()), *file)
         token = token if token_file else secret_token(release, namespace) or token
-        with PortForward(release, namespace, (API_PORT, STATUS_PORT)) as forward:
+        with PortForward(release, namespace) as forward:
             api, served = (f"http://127.0.0.1:{forward.local[port]}" for port in (API_PORT, STATUS_PORT))
             yield Cluster(
                 jobs=Jobs(api, token, ANSWER_S), token=token, status_address=status_address or served, again=again
@@ -265,7 +261,7 @@ def _cluster(
         return
     if not address:
         raise ConfigError(
-            "no cluster is named: give --address http://host:8265, or --release NAME of the cluster chart"
+            f"no cluster is named: give --address http://host:{API_PORT}, or --release NAME of the cluster chart"
         )
     jobs = Jobs(address, token, ANSWER_S)
     parts = urlsplit(address)
@@ -346,7 +342,7 @@ def _show(pieces: Iterable[str], display: Display, log_format: LogFormat) -> Non
 def _status_of(cluster: Cluster, job: Job) -> tuple[RunStatus | None, str]:
     """The status of the job's run, and why there is none."""
     from steadyhelm.errors import SteadyhelmError
-    from steadyhelm.jobs.status import read_status
+    from steadyhelm.jobs import read_status
     from steadyhelm.telemetry.status import RunStatus
 
     if job.ended:

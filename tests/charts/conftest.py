@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.charts.objects import CLUSTER, ROOT, Manifest
+from tests.charts.objects import CLUSTER, Manifest
 from tests.charts.schemas import Judge, custom_resources
+from tests.programs import fetched
 
 Render = Callable[..., list[Manifest]]
 
@@ -18,13 +19,13 @@ Render = Callable[..., list[Manifest]]
 @pytest.fixture(scope="session")
 def helm() -> Path:
     """helm's executable: the machine's, or one that Go builds once."""
-    return Path(_fetched("helm"))
+    return fetched("helm")
 
 
 @pytest.fixture(scope="session")
 def judge() -> Judge:
     """Kubernetes' own schemas, the Prometheus operator's, and KubeRay's where STEADYHELM_KUBERAY_CRDS names them."""
-    folder = Path(_fetched("crds"))
+    folder = fetched("crds")
     files = [folder / f"monitoring.coreos.com_{kind}.yaml" for kind in ("podmonitors", "prometheusrules")]
     if "STEADYHELM_KUBERAY_CRDS" in os.environ:
         files += sorted(Path(os.environ["STEADYHELM_KUBERAY_CRDS"]).glob("*.yaml"))
@@ -47,11 +48,3 @@ def render(helm: Path, tmp_path_factory: pytest.TempPathFactory) -> Render:
         return [found for found in yaml.load_all(done.stdout, yaml.CSafeLoader) if found]
 
     return rendered
-
-
-def _fetched(script: str) -> str:
-    done = subprocess.run([ROOT / ".ci" / script], capture_output=True, text=True)
-    if done.returncode == 3:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()

@@ -16,23 +16,16 @@ from tests.cluster.api import Api, ApiError
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.node.machine import NoNodeError, node
 from tests.cluster.release import CHART, NAMESPACE, OPERATOR_CHART, OPERATOR_NAMESPACE, RELEASE, ROOT
+from tests.programs import fetched
 
 RAY_CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
-
-
-def _fetched(script: str) -> Path:
-    done = subprocess.run([ROOT / ".ci" / script], capture_output=True, text=True)
-    if done.returncode == 3:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr[-4000:]
-    return Path(done.stdout.strip())
 
 
 @pytest.fixture(scope="session")
 def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
     """The cluster that KUBECONFIG names; else a node of this machine's own, for as long as the tests run."""
     folder = tmp_path_factory.mktemp("kubernetes")
-    programs = {"helm": _fetched("helm")}
+    programs = {"helm": fetched("helm")}
     with contextlib.ExitStack() as stack:
         if os.environ.get("KUBECONFIG"):
             kubeconfig, inside = os.environ["KUBECONFIG"], ()
@@ -40,9 +33,9 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]
                 shutil.which("kubectl") or pytest.skip("KUBECONFIG is set, and there is no kubectl")
             )
         else:
-            built = _fetched("kubernetes")
+            built = fetched("kubernetes")
             try:
-                own = stack.enter_context(node(built, _fetched("node-images")))
+                own = stack.enter_context(node(built, fetched("node-images")))
             except NoNodeError as error:
                 pytest.skip(str(error))
             kubeconfig, inside = str(own.kubeconfig), own.inside

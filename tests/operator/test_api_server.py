@@ -22,11 +22,11 @@ from steadyhelm_operator.crd import crd
 from steadyhelm_operator.testing import READY, SUSPENDED, FakeHeads
 from steadyhelm_operator.testing.server import MERGE, Api, api_server, ended
 
-from tests.charts.conftest import _fetched
 from tests.charts.objects import ROOT
 from tests.operator.judge import VALIDATOR
 from tests.operator.objects import run_file, training_run
 from tests.operator.test_crd import BAD, GOOD, SPECS
+from tests.programs import fetched
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 RUNS = "/apis/steadyhelm.dev/v1alpha1/namespaces/ns/trainingruns"
@@ -120,7 +120,7 @@ def _stamped(status: dict[str, Any]) -> dict[str, Any]:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, Api, Path]]:
     """A real API server with the CRDs and the operator's rights."""
     folder = tmp_path_factory.mktemp("kubernetes")
-    programs = Path(os.environ.get("STEADYHELM_TEST_PROGRAMS") or _fetched("kubernetes"))
+    programs = Path(os.environ.get("STEADYHELM_TEST_PROGRAMS") or fetched("kubernetes"))
     with api_server(programs, folder) as (admin, operator):
         for namespace in ("ns", "steadyhelm-system"):
             admin.must("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
@@ -152,7 +152,7 @@ def established(admin: Api) -> bool:
 def rendered_rights() -> list[dict[str, Any]]:
     """The ClusterRoles and bindings as the chart renders them."""
     chart = ROOT / "charts" / "steadyhelm-operator"
-    command = [_fetched("helm"), "template", "steadyhelm-operator", chart, "--namespace", "steadyhelm-system"]
+    command = [fetched("helm"), "template", "steadyhelm-operator", chart, "--namespace", "steadyhelm-system"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return [found for found in yaml.safe_load_all(done.stdout) if found and found["kind"].startswith("ClusterRole")]
 

@@ -176,7 +176,7 @@ def test_a_server_that_fails_is_asked_again_later_and_the_user_is_told_once(oper
     operator.looks(5)
     told = [event for event in operator.kubernetes.events if event["reason"] == "ClusterUnreachable"]
     assert len(told) == 1
-    assert operator.controller._pauses[NAME] == 8.0
+    assert next(operator.controller._pauses[NAME]) == 16.0
     operator.kubernetes.create_cluster = create
     operator.looks()
     assert operator.heads.live(*NAME) == ["digits.uidofdig.1"]

@@ -4,7 +4,22 @@ A run is a job for each of its attempts: ``submission_id``. Whoever asks for the
 there, so every call may be repeated.
 """
 
-from steadyhelm.jobs.client import ENDED, Job, JobRequest, Jobs, JobState, entrypoint, patiently, submission_id
+from steadyhelm.jobs.client import (
+    ENDED,
+    Job,
+    JobRequest,
+    Jobs,
+    JobState,
+    doubling,
+    entrypoint,
+    patiently,
+    submission_id,
+)
+from steadyhelm.jobs.head import API_PORT, STATUS_PORT, TOKEN_KEY
+from steadyhelm.jobs.status import read_status
 from steadyhelm.jobs.token import api_token
 
-__all__ = ["ENDED", "Job", "JobRequest", "JobState", "Jobs", "api_token", "entrypoint", "patiently", "submission_id"]
+__all__ = [
+    "API_PORT", "ENDED", "STATUS_PORT", "TOKEN_KEY", "Job", "JobRequest", "JobState", "Jobs", "api_token", "doubling",
+    "entrypoint", "patiently", "read_status", "submission_id",
+]  # fmt: skip

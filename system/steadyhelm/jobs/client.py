@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from steadyhelm.errors import ConfigError, RequestRefusedError, TokenRefusedError, UnreachableError
+from steadyhelm.jobs.head import API_PORT
 from steadyhelm.jobs.wire import UpgradeRefusedError, WebSocket, exchange
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ QUIET_S = 15.0
 PATIENCE_S = 300.0
 """How long a log is followed without an answer of the cluster: a head that is lost comes back."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-"""Bounds of the pause before another try; it doubles."""
+"""Bounds of the pause before another try."""
 SLOW_S = 120.0
 """Deadline of what the cluster works for: an upload, a whole log, a job's start, which waits for its agent."""
 
@@ -90,12 +91,20 @@ class JobRequest:
         }
 
 
+def doubling(first_s: float, longest_s: float) -> Iterator[float]:
+    """Pauses before one try after the other: each twice the one before it, up to a bound."""
+    pause = first_s
+    while True:
+        yield pause
+        pause = min(2 * pause, longest_s)
+
+
 def patiently(call: Callable[[], T], say: Callable[[str], None], patience_s: float = SLOW_S) -> T:
     """What ``call`` returns, made again while it raises UnreachableError, for so long; ``say`` hears of it, once.
 
     A head that has just come takes no jobs yet.
     """
-    ends, pause, said = time.monotonic() + patience_s, FIRST_PAUSE_S, False
+    ends, pauses, said = time.monotonic() + patience_s, doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S), False
     while True:
         try:
             return call()
@@ -105,8 +114,7 @@ def patiently(call: Callable[[], T], say: Callable[[str], None], patience_s: flo
             if not said:
                 say(f"{error} Tries again for {patience_s:g} s.")
             said = True
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
+        time.sleep(next(pauses))
 
 
 def submission_id(run: str, attempt: int) -> str:
@@ -144,7 +152,9 @@ class Jobs:
         except ValueError:
             right = False
         if not right:
-            raise ConfigError(f"{address!r} is no address of a Ray API: give http://host:port, its port is mostly 8265")
+            raise ConfigError(
+                f"{address!r} is no address of a Ray API: give http://host:port, its port is mostly {API_PORT}"
+            )
         self._path = self._url.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
@@ -189,12 +199,12 @@ class Jobs:
         Raises UnreachableError where the cluster does not answer for ``patience_s``, RequestRefusedError where the job
         is gone.
         """
-        seen, pause, answered = 0, FIRST_PAUSE_S, time.monotonic()
+        seen, pauses, answered = 0, doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S), time.monotonic()
         while True:
             behind = seen
             try:
                 for text in self._tail(submission_id):
-                    answered, pause = time.monotonic(), FIRST_PAUSE_S
+                    answered, pauses = time.monotonic(), doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S)
                     fresh = text[behind:]
                     behind -= len(text) - len(fresh)
                     seen += len(fresh)
@@ -213,8 +223,7 @@ class Jobs:
                     if rest:
                         yield rest
                     return
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            time.sleep(next(pauses))
 
     def _tail(self, submission_id: str) -> Iterator[str]:
         """What the job writes, from its beginning, until the connection or the job ends. Raises UnreachableError."""

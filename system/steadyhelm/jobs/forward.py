@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from steadyhelm.errors import ConfigError, UnreachableError
+from steadyhelm.jobs.head import API_PORT, STATUS_PORT, TOKEN_KEY
 
 ASK_S = 30.0
 """How long kubectl may take to answer, and a port-forward to listen."""
@@ -34,7 +35,7 @@ def secret_token(release: str, namespace: str = "") -> str:
 
     Raises UnreachableError with kubectl's own words.
     """
-    command = [*kubectl(namespace), "get", "secret", release, "--output", "jsonpath={.data.auth_token}"]
+    command = [*kubectl(namespace), "get", "secret", release, "--output", "jsonpath={.data." + TOKEN_KEY + "}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -57,7 +58,7 @@ class PortForward:
     ``local`` says which port of 127.0.0.1 is which of these. Raises UnreachableError where none comes about.
     """
 
-    def __init__(self, release: str, namespace: str = "", ports: Sequence[int] = (8265, 8266)) -> None:
+    def __init__(self, release: str, namespace: str = "", ports: Sequence[int] = (API_PORT, STATUS_PORT)) -> None:
         self.local: Mapping[int, int] = dict(zip(ports, _free_ports(len(ports)), strict=True))
         pairs = [f"{here}:{there}" for there, here in self.local.items()]
         self._command = [

@@ -19,7 +19,8 @@ def read_status(address: str, token: str = "", timeout_s: float = 5.0) -> RunSta
     """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        status, body = exchange(urlsplit(address), "GET", PATH, None, headers, timeout_s)
+        url = urlsplit(address)
+        status, body = exchange(url, "GET", url.path.rstrip("/") + PATH, None, headers, timeout_s)
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(f"No driver serves its status at {address} ({error}).") from error
     if status in (401, 403):
