@@ -10,9 +10,16 @@ depend on ``n``, whether the engines or the learner hold the loop up, so it says
 with ``t`` the share that the learner may wait. More engines than there are orders at hand at once are of no use, and
 bound ``n*``.
 
-What keeps it from swinging: a decision looks at ``settle`` whole iterations with all desired engines serving, the
-first one behind a change left out; inside a band of ``BAND`` around ``n*`` nothing changes; a change is at most
-``STEP``-fold; where rollouts are fresh none leaves, since then nothing runs ahead of the learner.
+The learner's wait comes first: where fewer engines than ``n*`` are wanted the number grows. What is measured may be off
+by a share ``NOISE``, which decides when engines leave, and how many stay:
+
+    grows     where  n < n*                              to  n*
+    shrinks   where  n > n* · (1 + NOISE)/(1 − NOISE)    to  n* / (1 − NOISE)
+
+So under a load that is the same but for noise, n* measured too high keeps no more engines than n* measured too low
+lets stay: a number that has grown does not shrink again, and one that shrinks is never too low. A decision looks at
+``settle`` whole iterations with all desired engines serving, the first one behind a change left out; a change is at
+most ``STEP``-fold; where rollouts are fresh none leaves, since then nothing runs ahead of the learner.
 """
 
 from __future__ import annotations
@@ -27,8 +34,8 @@ from steadyhelm.services import Elastic, Rollout
 from steadyhelm.telemetry import EventSink, Notice
 from steadyhelm.telemetry import metrics as names
 
-BAND = 0.2
-"""Half the width of the band around the right number, as a share of it: measured times vary by less."""
+NOISE = 0.2
+"""Share by which a measured load may be off, up or down, without engines that come and go again."""
 STEP = 3
 """The number grows, or shrinks, at most so many times at once."""
 KEPT_FULL = 8
@@ -117,26 +124,28 @@ def settled(
 ) -> Decision:
     """The decision over iterations in which ``desired`` engines served.
 
-    Never falls where any of them has a longer ``learner_wait``; never outside ``min`` and ``max``.
+    Never fewer than keep the learner's wait at its goal, as far as ``max``, the cluster's room and the orders at hand
+    allow; never outside ``min`` and ``max``.
     """
     right = right_number(scaling.learner_wait, max_staleness, seen)
     orders = math.ceil(max(it.queue * it.serving for it in seen))
     most = min(scaling.max, max(scaling.min, room or scaling.max), max(scaling.min, orders))
-    low, high = (min(max(math.ceil(right * (1 + side)), scaling.min), most) for side in (-BAND, BAND))
-    target = min(max(math.ceil(right), low), high)
+    enough, safe, spare = (
+        min(max(_whole(right * share), scaling.min), most) for share in (1, 1 / (1 - NOISE), (1 + NOISE) / (1 - NOISE))
+    )
     total = sum(it.seconds for it in seen)
     waited = sum(it.seconds * it.learner_wait for it in seen) / total
     busy = sum(it.seconds * it.saturation for it in seen) / total
     facts = f"learner waited {100 * waited:.0f} %, engines were {100 * busy:.0f} % saturated"
-    if desired < low:
-        return Decision(desired=min(target, desired * STEP), reason=f"{facts}: {right:.1f} engines would do")
-    if desired > high:
+    if desired < enough:
+        return Decision(desired=min(enough, desired * STEP), reason=f"{facts}: {right:.1f} engines would do")
+    if desired > spare:
         fresh = sum(it.staleness for it in seen) / len(seen)
         if max_staleness and fresh < max_staleness / 2 and desired <= most:
             reason = f"{facts}, but rollouts are {fresh:.1f} versions old: they do not run ahead of the learner"
             return Decision(desired=desired, reason=reason)
         why = f"at most {orders} orders at once" if most < math.ceil(right) else f"{right:.1f} engines would do"
-        return Decision(desired=max(high, math.ceil(desired / STEP)), reason=f"{facts}: {why}")
+        return Decision(desired=max(safe, math.ceil(desired / STEP)), reason=f"{facts}: {why}")
     return Decision(desired=desired, reason=f"{facts}: {desired} fit")
 
 
@@ -146,6 +155,11 @@ def right_number(wait: float, max_staleness: int, seen: Sequence[Observation]) -
     learning = sum(it.seconds * max(1 - it.learner_wait, LEAST) for it in seen)
     side_by_side = work / learning * (1 - wait)
     return side_by_side if max_staleness else side_by_side / wait
+
+
+def _whole(engines: float) -> int:
+    """So many engines, rounded up; a thousandth of one is none."""
+    return math.ceil(round(engines, 3))
 
 
 def _with_room(scaling: Scaling, state: State, now: Observation) -> State:

@@ -3,6 +3,8 @@
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from random import Random
 
 import pytest
 from steadyhelm.config.scaling import Scaling
@@ -28,29 +30,35 @@ class Loop:
     now: float = 0.0
 
     def resize(self, number: int) -> None:
+        """Shards that have begun end where they are; those that wait go to the engines that there are now."""
+        under_way = sorted(end for start, end in self.busy if start < self.now < end)
+        waiting = [iteration for iteration, start in self.begun if start >= self.now]
+        self.busy = [(start, end) for start, end in self.busy if start < self.now]
+        self.begun = [(iteration, start) for iteration, start in self.begun if start < self.now]
+        for iteration in set(waiting):
+            self.ready[iteration] = max(under_way, default=self.now)
+        idle = max(0, number - len(under_way))
+        self.engines = [self.now] * idle + under_way[: number - idle]
         heapq.heapify(self.engines)
-        while len(self.engines) > number:
-            self.engines.remove(max(self.engines))
-        while len(self.engines) < number:
-            heapq.heappush(self.engines, self.now)
+        for iteration in waiting:
+            self.make(iteration, 1)
 
-    def make(self, iteration: int) -> None:
-        """Gives the shards of a batch to whichever engine is free first."""
-        ends = []
-        for _ in range(self.shards):
+    def make(self, iteration: int, shards: int) -> None:
+        """Gives shards of a batch to whichever engine is free first."""
+        for _ in range(shards):
             start = max(heapq.heappop(self.engines), self.now)
+            end = start + self.shard_s
             self.begun.append((iteration, start))
-            self.busy.append((start, start + self.shard_s))
-            heapq.heappush(self.engines, start + self.shard_s)
-            ends.append(start + self.shard_s)
-        self.ready[iteration] = max(ends)
+            self.busy.append((start, end))
+            heapq.heappush(self.engines, end)
+            self.ready[iteration] = max(end, self.ready.get(iteration, end))
 
     def step(self, iteration: int) -> Observation:
         """One iteration: the learner's wait and step, and what the engines did meanwhile."""
         began, serving = self.now, len(self.engines)
         for ahead in range(iteration, iteration + self.ahead + 1):
             if ahead not in self.ready:
-                self.make(ahead)
+                self.make(ahead, self.shards)
         ready = max(self.now, self.ready[iteration])
         self.now = ready + self.learn_s
         self.versions[iteration] = self.now
@@ -136,3 +144,19 @@ def test_on_policy_numbers_rise_and_fall_with_the_length_of_completions_but_not_
 
     decided = drive(loop, SCALING, 8, 60, noise)
     assert len(changes(decided, 8)) <= 1
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("start", [1, 12, 32])
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_of_a_fifth_in_every_iteration_makes_no_engines_come_and_go(ahead, start, seed):
+    draws = Random(seed)
+    loop = Loop(shards=64, shard_s=1.0, learn_s=8.0 if ahead else 32.0, ahead=ahead)
+
+    def noise(_: int) -> None:
+        loop.shard_s = draws.uniform(0.8, 1.2)
+
+    moves = [after - before for before, after in pairwise([start, *drive(loop, SCALING, start, 200, noise)])]
+    moves = [move for move in moves if move]
+    assert len(moves) <= 6
+    assert all(before < 0 or after > 0 for before, after in pairwise(moves)), "it grew, and shrank again"
