@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,29 @@ def _cell(text: str) -> str:
     return _text(text).replace("|", "∣")
 
 
-PAGES = {"metrics.md": metrics_page, "run-file.md": run_file_page}
+SIZING = runpy.run_path(str(HERE / "sizing.py"))
+SIZES = ("<!-- sizes: made by docs/reference/generate.py -->\n", "<!-- /sizes -->")
+"""Between these stands the table of sizes in ``docs/kubernetes.md``."""
+
+
+def sizing_page() -> str:
+    """The page of what models take."""
+    return str(SIZING["page"](NOTICE))
+
+
+def kubernetes_page() -> str:
+    """The page of Kubernetes, all but the table of sizes as it stands."""
+    before, begin, rest = (HERE.parent / "kubernetes.md").read_text(encoding="utf-8").partition(SIZES[0])
+    _, end, after = rest.partition(SIZES[1])
+    return f"{before}{begin}{SIZING['summary']()}\n{end}{after}"
+
+
+PAGES = {
+    "metrics.md": metrics_page,
+    "run-file.md": run_file_page,
+    "sizing.md": sizing_page,
+    "../kubernetes.md": kubernetes_page,
+}
 """Each page's file and what makes it."""
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def test_the_dashboard_and_the_alerts_arrive_whole(render: Render):
     (group,) = one(manifests, "PrometheusRule")["spec"]["groups"]
     for rule in group["rules"]:
         assert '{namespace="ns",ray_io_cluster="rl"' in rule["expr"]
-        assert rule["annotations"]["runbook_url"].startswith("docs/howto/cluster.md#")
+        assert rule["annotations"]["runbook_url"].startswith("docs/kubernetes.md#")
         assert "$labels.run" in rule["annotations"]["summary"]
 
 

@@ -20,7 +20,7 @@ from steadyhelm.telemetry.prometheus import LatestMetrics, exposition
 
 from tests.charts.objects import CLUSTER, EXAMPLES, ROOT
 from tests.charts.values import closed_parts
-from tests.unit.docs.markdown import anchors
+from tests.unit.docs.markdown import anchors, files
 
 SCHEMA = json.loads((CLUSTER / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CLUSTER / "values.yaml").read_text())
@@ -56,6 +56,11 @@ def test_every_pool_takes_every_default():
 def test_the_schema_takes_the_defaults_and_the_examples(file: Path):
     values = merged(VALUES, yaml.safe_load(file.read_text()))
     assert [error.message for error in Draft7Validator(SCHEMA).iter_errors(values)] == []
+
+
+def test_the_schema_takes_the_values_on_the_page_for_users():
+    values = yaml.safe_load(files(ROOT / "docs" / "kubernetes.md")["my-values.yaml"])
+    assert [error.message for error in Draft7Validator(SCHEMA).iter_errors(merged(VALUES, values))] == []
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 
-_FENCE = re.compile(r"^```(\S*)[ ]?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)```(\S*)[ ]?(\S*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
 def page_name(page: Path) -> str:
@@ -16,7 +17,7 @@ def page_name(page: Path) -> str:
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     """The fenced blocks of a page: language, the file that the block is, and its text."""
-    return [(m[1], m[2], m[3]) for m in _FENCE.finditer(page.read_text())]
+    return [(m[2], m[3], dedent(m[4])) for m in _FENCE.finditer(page.read_text())]
 
 
 def files(page: Path) -> dict[str, str]:
@@ -29,13 +30,16 @@ def prose(page: Path) -> str:
     return _FENCE.sub("", page.read_text())
 
 
+def shell_lines(page: Path) -> list[str]:
+    """Lines of its shell blocks, without comments."""
+    texts = [text for language, _, text in blocks(page) if language == "sh"]
+    return [line.partition(" #")[0].strip() for text in texts for line in text.replace("\\\n", "").splitlines()]
+
+
 def commands(page: Path) -> list[str]:
-    """Lines of shell blocks and inline code that are commands."""
-    shell = [
-        line.partition(" #")[0].strip() for lang, _, text in blocks(page) if lang == "sh" for line in text.splitlines()
-    ]
+    """Lines of shell blocks and inline code that are commands of ours."""
     inline = re.findall(r"`([^`\n]+)`", prose(page))
-    return [text for text in (*shell, *inline) if re.match(r"(steadyhelm|make) ", text)]
+    return [text for text in (*shell_lines(page), *inline) if re.match(r"(steadyhelm|make) ", text)]
 
 
 def anchors(page: Path) -> set[str]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from steadyhelm.cli import app
 
-from tests.unit.docs.markdown import DOCS, PAGES, ROOT, anchors, blocks, commands, page_name, prose
+from tests.unit.docs.markdown import DOCS, PAGES, ROOT, anchors, blocks, commands, page_name, prose, shell_lines
 
 pages = pytest.mark.parametrize("page", PAGES, ids=page_name)
 
@@ -47,6 +48,28 @@ def test_every_command_in_the_docs_exists_with_its_options(page: Path):
                 assert name in known, command
             for option in (word.partition("=")[0] for word in words[2:] if word.startswith("-")):
                 assert option in known[words[1]], command
+
+
+@pages
+def test_every_file_of_the_repository_that_a_command_names_is_there(page: Path):
+    for line in shell_lines(page):
+        for word in line.split():
+            if re.match(r"(charts|workloads|docker|engines|benchmarks)/", word):
+                assert (ROOT / word).exists(), line
+
+
+@pages
+def test_every_value_that_a_helm_command_sets_is_one_of_its_chart(page: Path):
+    for line in shell_lines(page):
+        chart = re.search(r"charts/[\w-]+", line)
+        if not line.startswith("helm ") or chart is None:
+            continue
+        values = yaml.safe_load((ROOT / chart[0] / "values.yaml").read_text())
+        for path in re.findall(r"--set '?([\w.]+)=", line):
+            place = values
+            for name in path.split("."):
+                assert name in place, f"{line}: {path}"
+                place = place[name]
 
 
 @pages
