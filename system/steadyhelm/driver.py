@@ -328,8 +328,8 @@ class Driver:
         """The loop over services that have started, with all that happens behind an iteration and at the end."""
         for entry in self._evaluations():  # their lines may be lost: the log has them before the segment
             self._metrics.append(int(entry.payload["iteration"]), entry.payload["metrics"])
-        self._loop = Loop(services, self._log, self._layout, self._run, self._tell)
         self._scaler = Scaler(self._run, services.rollout, self._tell, self._note_down)
+        self._loop = Loop(services, self._log, self._layout, self._run, self._tell, self._scaler.meanwhile)
         self._scaler.resume(await asyncio.to_thread(self._engines_before))
         self._note_status(phase="running")
         for text in self._run.warnings:

@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from steadyhelm import telemetry
 from steadyhelm.batches import BatchMaker
@@ -37,6 +38,9 @@ from steadyhelm.services import Learner, PromptSource, Reference, Reward, Rollou
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.log import CommitLog
 
+T = TypeVar("T")
+LOOK_S = 5.0
+"""Seconds between two looks at a batch that is awaited."""
 INPUT_PHASES = ("learner.read", "learner.input")
 """The spans in which a learner that has its batch's manifest still waits for something of it."""
 
@@ -76,16 +80,26 @@ class Loop:
         layout: names of the run's objects.
         run: the run file.
         tell: takes an event whenever something out of the ordinary happens.
+        meanwhile: is told every ``look_s`` seconds which iteration's batch is awaited, and since how long.
     """
 
     def __init__(
-        self, services: Services, log: CommitLog, layout: RunLayout, run: RunFile, tell: telemetry.EventSink
+        self,
+        services: Services,
+        log: CommitLog,
+        layout: RunLayout,
+        run: RunFile,
+        tell: telemetry.EventSink,
+        meanwhile: Callable[[int, float], None] | None = None,
+        look_s: float = LOOK_S,
     ) -> None:
         self._services = services
         self._log = log
         self._layout = layout
         self._run = run
         self._tell = tell
+        self._meanwhile = meanwhile
+        self._look_s = look_s
         self._stop = asyncio.Event()
         self._damaged: set[PolicyVersion] = set()
         self._losses = 0
@@ -167,7 +181,7 @@ class Loop:
         started = time.monotonic()
         for iteration in range(self._log.last_iteration + 1, self._run.schedule.iterations + 1):
             asked = time.monotonic()
-            batch = await batches.take(iteration, unless=self._stop)
+            batch = await self._awaited(batches.take(iteration, unless=self._stop), iteration, asked)
             if batch is None:
                 await self._save(iteration - 1)
                 return
@@ -183,6 +197,18 @@ class Loop:
             # What is done with the report, and a checkpoint, count in the iteration that waits for them
             started += metrics[telemetry.metrics.ITERATION_SECONDS] + self._left_out
             await self._checkpoint(iteration)
+
+    async def _awaited(self, work: Coroutine[Any, Any, T], iteration: int, since: float) -> T:
+        """What ``work`` comes to; whoever wants to know is told meanwhile that it lasts."""
+        task = asyncio.create_task(work)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=self._look_s)
+                if not task.done() and self._meanwhile is not None:
+                    self._meanwhile(iteration, time.monotonic() - since)
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
         """Publishes the learner's weights and puts them into every engine; adopted ones that are damaged anew."""

@@ -18,8 +18,13 @@ by a share ``NOISE``, which decides when engines leave, and how many stay:
 
 So under a load that is the same but for noise, n* measured too high keeps no more engines than n* measured too low
 lets stay: a number that has grown does not shrink again, and one that shrinks is never too low. A decision looks at
-``settle`` whole iterations with all desired engines serving, the first one behind a change left out; a change is at
-most ``STEP``-fold; where rollouts are fresh none leaves, since then nothing runs ahead of the learner.
+``settle`` whole iterations with all desired engines serving, or at half of them where that already asks for more; the
+first one behind a change is left out. A change is at most ``STEP``-fold; where rollouts are fresh none leaves, since
+then nothing runs ahead of the learner.
+
+An iteration may last minutes. While the learner waits in it, what the engines have worked so far is the least that they
+will have, so ``n*`` is at least what that makes it: ``overdue`` takes the largest step that a decision may take as soon
+as that is certain.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from dataclasses import dataclass, replace
 
 from steadyhelm.config import RunFile
 from steadyhelm.config.scaling import Scaling
-from steadyhelm.services import Elastic, Rollout
+from steadyhelm.services import Elastic, EngineLoad, Rollout
 from steadyhelm.telemetry import EventSink, Notice
 from steadyhelm.telemetry import metrics as names
 
@@ -110,10 +115,12 @@ def decide(scaling: Scaling, max_staleness: int, state: State, now: Observation)
         reason = "the first iteration behind a change does not count"
         return Decision(desired=state.desired, reason=reason), replace(state, steady=True)
     seen = (*state.seen, now)[-scaling.settle :]
-    if len(seen) < scaling.settle:
+    half = -(-scaling.settle // 2)
+    looks = [settled(scaling, max_staleness, state.desired, part, state.room) for part in (seen[-half:], seen)]
+    decision = max(looks, key=lambda look: look.desired)
+    if len(seen) < (half if decision.desired > state.desired else scaling.settle):
         reason = f"saw {len(seen)} of the {scaling.settle} iterations that a decision looks at"
         return Decision(desired=state.desired, reason=reason), replace(state, seen=seen)
-    decision = settled(scaling, max_staleness, state.desired, seen, state.room)
     changes = decision.desired != state.desired
     after = replace(state, desired=decision.desired, seen=() if changes else seen, steady=not changes)
     return decision, after
@@ -128,8 +135,7 @@ def settled(
     allow; never outside ``min`` and ``max``.
     """
     right = right_number(scaling.learner_wait, max_staleness, seen)
-    orders = math.ceil(max(it.queue * it.serving for it in seen))
-    most = min(scaling.max, max(scaling.min, room or scaling.max), max(scaling.min, orders))
+    orders, most = _orders(seen), _most(scaling, room, seen)
     enough, safe, spare = (
         min(max(_whole(right * share), scaling.min), most) for share in (1, 1 / (1 - NOISE), (1 + NOISE) / (1 - NOISE))
     )
@@ -149,12 +155,41 @@ def settled(
     return Decision(desired=desired, reason=f"{facts}: {desired} fit")
 
 
+def overdue(scaling: Scaling, max_staleness: int, state: State, now: Observation) -> tuple[Decision | None, State]:
+    """A decision within an iteration while its batch is awaited; None where its end is soon enough.
+
+    Args:
+        scaling: bounds and goal.
+        max_staleness: ``schedule.max_staleness``.
+        state: of the decision before.
+        now: the iteration as it would be if the batch came now and the learner took as long as it did before.
+    """
+    most = _most(scaling, state.room, [now])
+    far = min(state.desired * STEP, most)
+    right = right_number(scaling.learner_wait, max_staleness, [now])
+    if not state.steady or now.serving != state.desired or not state.desired < far <= _whole(right):
+        return None, state
+    waited = now.seconds * now.learner_wait
+    reason = f"learner has waited {waited:.0f} s for its batch: at least {right:.1f} engines would do"
+    return Decision(desired=far, reason=reason), replace(state, desired=far, seen=(), steady=False)
+
+
 def right_number(wait: float, max_staleness: int, seen: Sequence[Observation]) -> float:
     """How many engines keep the learner's wait at ``wait`` of an iteration: ``n*`` of the module's formula."""
     work = sum(it.seconds * it.serving * it.saturation for it in seen)
     learning = sum(it.seconds * max(1 - it.learner_wait, LEAST) for it in seen)
     side_by_side = work / learning * (1 - wait)
     return side_by_side if max_staleness else side_by_side / wait
+
+
+def _orders(seen: Sequence[Observation]) -> int:
+    """The most orders that were at hand at once."""
+    return math.ceil(max(it.queue * it.serving for it in seen))
+
+
+def _most(scaling: Scaling, room: int | None, seen: Sequence[Observation]) -> int:
+    """The most engines that bounds, room and orders allow."""
+    return min(scaling.max, max(scaling.min, room or scaling.max), max(scaling.min, _orders(seen)))
 
 
 def _whole(engines: float) -> int:
@@ -186,6 +221,7 @@ class Scaler:
         self._elastic = rollout if isinstance(rollout, Elastic) and not run.is_sft else None
         self._tell = tell
         self._state = State(desired=run.engines)
+        self._learning_s: float | None = None
 
     def behind(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics of the engines behind ``iteration``, whose metrics are given; scales where that is due.
@@ -196,6 +232,8 @@ class Scaler:
             return {}
         load = self._elastic.load()
         desired, scaling, schedule = load.desired, self._run.rollout.scaling, self._run.schedule
+        if names.LEARNER_WAIT in metrics:
+            self._learning_s = metrics[names.ITERATION_SECONDS] * (1 - metrics[names.LEARNER_WAIT])
         if scaling is not None and names.LEARNER_WAIT in metrics and iteration < schedule.iterations:
             now = Observation(
                 seconds=metrics[names.ITERATION_SECONDS],
@@ -209,9 +247,7 @@ class Scaler:
             decision, self._state = decide(scaling, schedule.max_staleness, self._state, now)
             desired = decision.desired
             if desired != load.desired:
-                self._elastic.scale(desired)
-                text = f"engines {load.desired} → {desired} behind iteration {iteration}: {decision.reason}"
-                self._tell(Notice(text=text))
+                self._scale(load, decision, f"behind iteration {iteration}")
             else:
                 self._note(f"engines stay {desired} behind iteration {iteration}: {decision.reason}")
         return {
@@ -221,6 +257,29 @@ class Scaler:
             names.IN_FLIGHT_TOKENS: load.in_flight_tokens,
             names.QUEUE: load.queue,
         }
+
+    def meanwhile(self, iteration: int, seconds: float) -> None:
+        """Scales where the learner waits so long for the batch of ``iteration`` that its end is not soon enough."""
+        scaling = self._run.rollout.scaling
+        if self._elastic is None or scaling is None or self._learning_s is None:
+            return
+        load = self._elastic.glance()
+        total = seconds + self._learning_s
+        now = Observation(
+            seconds=total,
+            serving=load.serving,
+            learner_wait=seconds / total,
+            saturation=load.saturation * seconds / total,
+            queue=load.queue,
+        )
+        decision, self._state = overdue(scaling, self._run.schedule.max_staleness, self._state, now)
+        if decision is not None:
+            self._scale(load, decision, f"in iteration {iteration}")
+
+    def _scale(self, load: EngineLoad, decision: Decision, when: str) -> None:
+        assert self._elastic is not None
+        self._elastic.scale(decision.desired)
+        self._tell(Notice(text=f"engines {load.desired} → {decision.desired} {when}: {decision.reason}"))
 
     def resume(self, desired: int | None) -> None:
         """Goes on with the engines that an earlier attempt wanted, None where nothing is known; within the bounds."""

@@ -21,8 +21,8 @@ class Scaling(Part):
     waits while the engines work: 0.2 then means engines enough to roll a batch out in a quarter of the time that all
     the rest of an iteration takes."""
     settle: Count = 2
-    """Whole iterations that a decision looks at. The first one behind a change never counts, so this plus one is the
-    fewest from one change to the next."""
+    """Whole iterations that a decision looks at; half of them are enough for one that asks for more engines. The first
+    one behind a change never counts."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -9,6 +9,7 @@ from steadyhelm.config import RunFile
 from steadyhelm.data.types import ObjectRef, Prompt, PromptId, ShardRecord, WeightsRecord
 from steadyhelm.errors import LearnerLostError, ObjectMissingError
 from steadyhelm.runtime.actors import PromptsActor, RolloutActor, ScorerActor, spawn
+from steadyhelm.runtime.load import Load
 from steadyhelm.runtime.nodes import leaving_nodes
 from steadyhelm.runtime.placement import HEAD, actor_lacks, asked, place
 from steadyhelm.runtime.pool import Member, Pool
@@ -89,7 +90,13 @@ class RolloutHandle:
 
     def load(self) -> EngineLoad:
         """See ``services.Elastic``."""
-        load = self.pool.meter.read()
+        return self._engine_load(self.pool.meter.read())
+
+    def glance(self) -> EngineLoad:
+        """See ``services.Elastic``."""
+        return self._engine_load(self.pool.meter.glance())
+
+    def _engine_load(self, load: Load) -> EngineLoad:
         serving = len(self.pool.serving)
         return EngineLoad(
             serving=serving,

@@ -55,14 +55,18 @@ class LoadMeter:
 
     def read(self) -> Load:
         """What was in hand since the last call, or since the beginning."""
+        load = self.glance()
+        self._reset()
+        return load
+
+    def glance(self) -> Load:
+        """The same, up to now; the next ``read`` still counts it."""
         self._pass()
-        load = Load(
+        return Load(
             saturation=self._saturated_s / self._served_s if self._served_s else 0.0,
             in_flight_tokens=self._token_s / self._total_s if self._total_s else 0.0,
             at_hand=self._most,
         )
-        self._reset()
-        return load
 
     def _pass(self) -> None:
         now = self._clock()

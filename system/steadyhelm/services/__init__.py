@@ -151,6 +151,10 @@ class Elastic(Protocol):
         """What the engines had to do since the last call."""
         ...
 
+    def glance(self) -> EngineLoad:
+        """The same up to now; the next ``load`` still tells of all of it."""
+        ...
+
     def scale(self, desired: int) -> None:
         """Wants so many engines from now on; returns at once."""
         ...

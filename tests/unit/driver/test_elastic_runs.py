@@ -11,7 +11,9 @@ from steadyhelm.data.types import PolicyVersion, WeightsRecord
 from steadyhelm.errors import LearnerLostError, ObjectMissingError
 from steadyhelm.report import read_metrics
 from steadyhelm.runtime.handles import RolloutHandle
+from steadyhelm.scaling import Scaler
 from steadyhelm.services import EngineLoad, Served
+from steadyhelm.telemetry import Notice
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.testing.fake_services import FakeLearner, FakeRollout
 from steadyhelm.testing.memory_store import MemoryStore
@@ -152,6 +154,9 @@ class Measured(FakeRollout):
 
     def load(self) -> EngineLoad:
         self.serving = self.desired
+        return self.glance()
+
+    def glance(self) -> EngineLoad:
         return EngineLoad(
             serving=self.serving, desired=self.desired, saturation=1.0, in_flight_tokens=640.0, queue=8 / self.serving
         )
@@ -175,6 +180,22 @@ async def test_decisions_reach_the_service_the_terminal_and_the_metrics_with_the
     (note,) = (note for note in lines[2].notes if note.startswith("engines"))
     assert note.startswith("engines 1 → 3 behind iteration 2: learner waited ")
     assert any(note in str(event) for event in attempt.told)
+
+
+async def test_a_batch_that_does_not_come_brings_engines_within_its_iteration(run_file):
+    run = with_engines(run_file, scaling={"max": 4})
+    told: list[Notice] = []
+    rollout = Measured(store=MemoryStore())
+    scaler = Scaler(run, rollout, told.append, lambda _: None)
+    scaler.meanwhile(1, 900.0)
+    assert rollout.asked == [], "how long the learner takes is not known yet"
+    scaler.behind(1, {names.ITERATION_SECONDS: 10.0, names.LEARNER_WAIT: 0.0})
+    scaler.meanwhile(2, 5.0)
+    assert rollout.asked == [], "it may come yet"
+    scaler.meanwhile(2, 10.0)
+    assert rollout.asked == [3]
+    text = "engines 1 → 3 in iteration 2: learner has waited 10 s for its batch: at least 4.0 engines would do"
+    assert [notice.text for notice in told] == [text]
 
 
 async def test_a_resumed_run_begins_with_the_engines_that_it_wanted_before(start, run_file):

@@ -69,6 +69,35 @@ async def test_a_strictly_on_policy_batch_is_sampled_from_the_version_before_it(
     assert [r.metrics[names.STALENESS_MAX] for r in reports if r.metrics] == [0.0] * 5
 
 
+class Slow(FakeRollout):
+    """Its second batch comes once somebody has been told that it is awaited."""
+
+    def __init__(self, store: MemoryStore, told: asyncio.Event) -> None:
+        super().__init__(store=store)
+        self.told = told
+
+    async def rollout(self, order: ShardOrder) -> Served[ShardRecord]:
+        if order.prompts[0].prompt_id.startswith("0:8"):
+            await asyncio.wait_for(self.told.wait(), 30)
+        return await super().rollout(order)
+
+
+async def test_who_wants_to_know_is_told_while_a_batch_is_awaited():
+    store, told, said = MemoryStore(), asyncio.Event(), []
+
+    def meanwhile(iteration: int, seconds: float) -> None:
+        said.append((iteration, seconds))
+        told.set()
+
+    services = make(store, rollout=Slow(store, told))[1]
+    log = CommitLog.take_over(store, RUN.name, "test")
+    loop = Loop(services, log, RunLayout(RUN.name), RUN, lambda _: None, meanwhile, look_s=0.01)
+    await asyncio.wait_for(drive(loop), 60)
+    assert said
+    assert all(iteration == 2 and seconds > 0 for iteration, seconds in said)
+    assert services.learner.applied == EVERY_ID
+
+
 async def crash_points(run: RunFile) -> int:
     store = MemoryStore()
     await drive(make(store, run)[0])

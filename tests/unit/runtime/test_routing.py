@@ -86,6 +86,7 @@ def test_a_meter_says_how_saturated_the_members_were_over_time():
     now[0] = 3.0
     meter.note([0, 0], [], 0)
     now[0] = 4.0
+    assert meter.glance() == meter.glance()
     load = meter.read()
     assert load.saturation == pytest.approx((2 * 1.0 + 2 * 0.25) / (4 * 2))
     assert load.in_flight_tokens == pytest.approx(2 * 1800 / 4)

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from steadyhelm.config.scaling import Scaling
-from steadyhelm.scaling import KEPT_FULL, NOISE, STEP, Decision, Observation, State, decide, right_number, settled
+from steadyhelm.scaling import (
+    KEPT_FULL,
+    NOISE,
+    STEP,
+    Decision,
+    Observation,
+    State,
+    decide,
+    overdue,
+    right_number,
+    settled,
+)
 
 SCALING = Scaling(min=1, max=16)
 ORDERS = 64
@@ -182,23 +193,32 @@ def run(state: State, *window: Observation, scaling: Scaling = SCALING) -> tuple
 
 
 def test_a_change_is_followed_by_one_iteration_that_does_not_count_and_those_that_a_decision_looks_at():
-    starved = seen(0.75, 1.0)
-    decided, state = run(State(desired=2), *[starved] * 3)
-    assert [each.desired for each in decided] == [2, 2, 6]
+    decided, state = run(State(desired=6), *[seen(0.0, 0.2, serving=6)] * 3)
+    assert [each.desired for each in decided] == [6, 6, 2]
     assert "does not count" in decided[0].reason
     assert "saw 1 of the 2" in decided[1].reason
-    assert decided[2].reason == "learner waited 75 %, engines were 100 % saturated: 6.4 engines would do"
-    decided, state = run(state, seen(0.75, 1.0, serving=3))
-    assert "3 of 6 engines serve" in decided[0].reason
-    decided, _ = run(state, *[seen(0.75, 1.0, serving=6)] * 3)
+    assert decided[2].reason == "learner waited 0 %, engines were 20 % saturated: 1.0 engines would do"
+    decided, state = run(state, seen(0.75, 1.0, serving=1))
+    assert "1 of 2 engines serve" in decided[0].reason
+    decided, _ = run(state, *[seen(0.0, 0.2)] * 3)
+    assert [each.desired for each in decided] == [2, 2, 1]
+
+
+def test_half_of_them_are_enough_for_more_engines():
+    decided, state = run(State(desired=2), *[seen(0.75, 1.0)] * 2)
+    assert [each.desired for each in decided] == [2, 6]
+    assert decided[1].reason == "learner waited 75 %, engines were 100 % saturated: 6.4 engines would do"
+    decided, _ = run(state, seen(0.75, 1.0, serving=3), *[seen(0.75, 1.0, serving=6)] * 2)
     assert [each.desired for each in decided] == [6, 6, 16]
+    four = Scaling(min=1, max=16, settle=4)
+    decided, _ = run(State(desired=2), *[seen(0.75, 1.0)] * 3, scaling=four)
+    assert [each.desired for each in decided] == [2, 2, 6]
 
 
 def test_an_iteration_in_which_an_engine_was_missing_starts_the_count_again():
-    decided, _ = run(
-        State(desired=2), seen(0.75, 1.0), seen(0.75, 1.0), seen(0.9, 1.0, serving=1), seen(0.75, 1.0), seen(0.75, 1.0)
-    )
-    assert [each.desired for each in decided] == [2] * 5
+    idle = seen(0.0, 0.2, serving=6)
+    decided, _ = run(State(desired=6), idle, idle, seen(0.9, 1.0, serving=5), idle, idle)
+    assert [each.desired for each in decided] == [6] * 5
 
 
 def test_a_cluster_without_room_is_not_asked_again_for_a_while():
@@ -216,3 +236,44 @@ def test_the_fewest_engines_stay_wanted_where_there_is_no_room_for_them():
     decided, state = run(State(desired=3), replace(seen(0.75, 1.0, serving=1), room=1), scaling=Scaling(min=3, max=5))
     assert (decided[0].desired, state.desired) == (3, 3)
     assert "1 of 3 engines serve" in decided[0].reason
+
+
+def waiting(seconds: float, *, learns: float = 60.0, serving: int = 1, saturation: float = 1.0) -> Observation:
+    """An iteration whose batch has been waited for so long, by a learner that takes ``learns`` seconds."""
+    total = seconds + learns
+    now = seen(seconds / total, saturation * seconds / total, serving=serving, queue=64 / serving)
+    return replace(now, seconds=total)
+
+
+def test_a_batch_that_is_long_overdue_brings_engines_before_it_comes():
+    state = State(desired=1, steady=True)
+    asked = [overdue(SCALING, 1, state, waiting(seconds))[0] for seconds in (60.0, 140.0, 170.0)]
+    assert asked[:2] == [None, None]
+    assert asked[2] is not None
+    assert asked[2].desired == 3
+    assert asked[2].reason == "learner has waited 170 s for its batch: at least 2.3 engines would do"
+    _, after = overdue(SCALING, 1, state, waiting(170.0))
+    assert (after.desired, after.steady) == (3, False)
+    assert overdue(SCALING, 1, after, waiting(900.0, serving=3))[0] is None, "what it has done is to be seen first"
+
+
+def test_a_batch_that_is_overdue_brings_no_engines_where_the_most_serve_or_engines_are_not_what_is_waited_for():
+    late = waiting(900.0, serving=16)
+    assert overdue(SCALING, 1, State(desired=16, steady=True), late)[0] is None
+    assert overdue(SCALING, 1, State(desired=2, steady=True), waiting(900.0))[0] is None, "one of two serves"
+    assert overdue(SCALING, 1, State(desired=1, steady=True), waiting(900.0, saturation=0.1))[0] is None
+    full = State(desired=1, steady=True, room=1, room_left=3)
+    assert overdue(SCALING, 1, full, waiting(900.0))[0] is None
+
+
+@given(scalings, st.integers(0, 3), observations, st.floats(0.05, 1))
+def test_what_an_overdue_batch_brings_is_never_more_than_its_end_would(scaling, max_staleness, load, share):
+    """The engines have done a share of the work when the look is taken."""
+    assume(load.saturation > 0.01 and load.learner_wait < 0.9)
+    right = right_number(scaling.learner_wait, max_staleness, [load])
+    whole = like(load, scaling.min, right, scaling.learner_wait, max_staleness)
+    seconds = whole.seconds * whole.saturation * share
+    now = replace(whole, seconds=seconds + 1, learner_wait=seconds / (seconds + 1), saturation=seconds / (seconds + 1))
+    decision, _ = overdue(scaling, max_staleness, State(desired=scaling.min, steady=True), now)
+    at_its_end = settled(scaling, max_staleness, scaling.min, [whole])
+    assert decision is None or decision.desired <= at_its_end.desired
