@@ -52,7 +52,7 @@ PROGRESS = frozenset(
 PROGRESS_S = 30.0
 """How often a status is written of which nothing else has changed."""
 PODS_S = 15.0
-"""How often the pods of a cluster are looked at that are not all ready."""
+"""How often the pods of a cluster are looked at that are not all ready, and how old it is when they first are."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Bounds of the pause behind an error."""
 SPREAD = 0.1
@@ -211,6 +211,8 @@ class Controller:
         return pause
 
     def _observe(self, name: Name, run: Desired) -> Observed:
+        if not run.held:
+            return Observed()  # the finalizer comes first, whatever there is
         status = run.status
         given = run.spec.cluster if run.spec else None
         called = resources.cluster_name(run, given) if given else status.cluster
@@ -248,7 +250,8 @@ class Controller:
             self._pods.pop(name, None)
             return ()
         when, found = self._pods.get(name, (float("-inf"), ()))
-        if time.monotonic() - when > PODS_S:
+        fresh = cluster.created is not None and (self._clock() - cluster.created).total_seconds() < PODS_S
+        if not fresh and time.monotonic() - when > PODS_S:
             found = resources.problems(self._kubernetes.pods(cluster))
             self._pods[name] = (time.monotonic(), found)
         return found

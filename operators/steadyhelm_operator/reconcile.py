@@ -517,11 +517,14 @@ def changes(old: Status, new: Status) -> tuple[Notice, ...]:
             text = f"Attempt {attempt.number} ended at iteration {new.iteration}: {attempt.message}."
             counted = attempt.outcome in ("Failed", "Lost")
             then = f" Next attempt at {new.retry_at}." if counted and new.retry_at and not new.gave_up else ""
+            if attempt.outcome == "Failed":  # the head is there, and has its log
+                then += f" `steadyhelm logs {attempt.submission_id}` has its log."
             found.append(Notice(warning=counted, reason=attempt.reason or attempt.outcome, message=text + then))
     if new.phase != old.phase or (new.reason != old.reason and new.phase in _TELLING):
         text = f"{new.phase}: {new.message}" if new.message else f"{new.phase}."
         warning = new.phase == "Failed" or new.reason in _IN_THE_WAY
-        if not any(notice.reason == new.reason for notice in found):
+        told = {notice.reason for notice in found}
+        if new.reason not in told and not ("AttemptBegins" in told and new.phase == "Starting"):
             found.append(Notice(warning=warning, reason=new.reason or new.phase, message=text))
     return tuple(found)
 

@@ -183,6 +183,7 @@ def cluster_view(body: Mapping[str, Any]) -> ClusterView:
         namespace=namespace,
         uid=metadata["uid"],
         version=metadata.get("resourceVersion", ""),
+        created=instant(metadata.get("creationTimestamp") or ""),
         owner=owners[0]["uid"] if owners and owners[0]["kind"] == KIND else "",
         deleting="deletionTimestamp" in metadata,
         suspend=bool(spec.get("suspend")),

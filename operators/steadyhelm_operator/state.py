@@ -55,6 +55,7 @@ class ClusterView:
     Attributes:
         uid: another one means another cluster.
         version: its resourceVersion, for patches under a condition.
+        created: when it was made; None where that is not known.
         owner: uid of the TrainingRun that owns it; empty where none does.
         deleting: whether its deletion was asked for.
         suspend: whether it is to have no pods.
@@ -72,6 +73,7 @@ class ClusterView:
     namespace: str
     uid: str
     version: str = ""
+    created: datetime | None = None
     owner: str = ""
     deleting: bool = False
     suspend: bool = False

@@ -4,6 +4,7 @@ What is not real: the heads (a server of ours answers for the Ray Jobs API and t
 nothing is here but the status that a RayCluster gets.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 import yaml
 from steadyhelm_operator.api import FINALIZER
+from steadyhelm_operator.client import Heads, Kubernetes
+from steadyhelm_operator.controller import Controller
 from steadyhelm_operator.crd import crd
+from steadyhelm_operator.handlers import serve
 from steadyhelm_operator.testing import READY, SUSPENDED, FakeHeads
-from steadyhelm_operator.testing.server import MERGE, Api, api_server, ended
+from steadyhelm_operator.testing.server import MERGE, Api, api_server, ended, free_port
 
 from tests.charts.objects import ROOT
 from tests.operator.judge import VALIDATOR
@@ -42,9 +47,10 @@ class Place:
     def __init__(self, admin: Api, operator: Api, heads: FakeHeads, url: str, folder: Path) -> None:
         self.admin, self.operator, self.heads, self.folder = admin, operator, heads, folder
         self.kubeconfig = operator.kubeconfig(folder / "operator.kubeconfig")
+        self.health, self.metrics = free_port(), free_port()
         self.command = [
             sys.executable, "-m", "steadyhelm_operator", f"--jobs-url={url}", f"--status-url={url}",
-            "--health-port=0", "--metrics-port=0", "--workers=4",
+            f"--health-port={self.health}", f"--metrics-port={self.metrics}", "--workers=4",
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -103,6 +109,8 @@ class Place:
             with contextlib.suppress(AssertionError, OSError):
                 for body in self.admin.must("GET", CLUSTERS)["items"]:
                     name = body["metadata"]["name"]
+                    if name.endswith("provisioning"):
+                        continue  # there is no room for its pods
                     wanted = SUSPENDED if body["spec"].get("suspend") else READY
                     if (body.get("status") or {}).get("state") != wanted["state"]:
                         self.admin.call("PATCH", f"{CLUSTERS}/{name}/status", {"status": _stamped(wanted)}, MERGE)
@@ -116,12 +124,16 @@ def _stamped(status: dict[str, Any]) -> dict[str, Any]:
     return {**status, "conditions": [{**more, **condition} for condition in status["conditions"]]}
 
 
+def programs() -> Path:
+    """The folder of Kubernetes' programs."""
+    return Path(os.environ.get("STEADYHELM_TEST_PROGRAMS") or fetched("kubernetes"))
+
+
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, Api, Path]]:
     """A real API server with the CRDs and the operator's rights."""
     folder = tmp_path_factory.mktemp("kubernetes")
-    programs = Path(os.environ.get("STEADYHELM_TEST_PROGRAMS") or fetched("kubernetes"))
-    with api_server(programs, folder) as (admin, operator):
+    with api_server(programs(), folder) as (admin, operator):
         for namespace in ("ns", "steadyhelm-system"):
             admin.must("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
         stand_in = ROOT / "tests" / "cluster" / "stand_in"
@@ -284,6 +296,66 @@ def test_the_columns_of_get_tell_how_it_is_going(place: Place):
     assert table["rows"][0]["cells"][:3] == ["columns", "Running", "0/60"]
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("spec.run.schedule.iterations", "Iterations"),
+        ("spec.cluster.template", "RayCluster that is made for this run"),
+        ("status.staleness", "Mean age of the last batch's tokens"),
+    ],
+)
+def test_kubectl_explains_what_a_field_means(api: tuple[Api, Api, Path], field: str, words: str):
+    kubectl = programs() / "kubectl"
+    if not kubectl.exists():
+        pytest.skip(f"there is no kubectl in {kubectl.parent}")
+    kubeconfig = api[0].kubeconfig(api[2] / "admin.kubeconfig")
+    command = [kubectl, "explain", f"trainingrun.{field}", "--kubeconfig", kubeconfig]
+    environment = {**os.environ, "KUBECACHEDIR": str(api[2] / "kube")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert words in done.stdout, done.stdout + done.stderr
+
+
+def asked(port: int, path: str) -> tuple[int, str]:
+    """HTTP status and text of a server on this machine; 0 where none answers."""
+    with contextlib.suppress(urllib3.exceptions.HTTPError):
+        answer = urllib3.request("GET", f"http://127.0.0.1:{port}/{path}", retries=False, timeout=20.0)
+        return answer.status, answer.data.decode()
+    return 0, ""
+
+
+def test_the_operator_tells_of_its_health_and_of_its_runs(place: Place):
+    place.create("counted")
+    place.phase("counted", "Running")
+    assert asked(place.health, "healthz") == (200, '{"reconciles": "yes"}')
+    ends = time.monotonic() + 10
+    while 'steadyhelm_operator_runs{phase="Running"}' not in (text := asked(place.metrics, "metrics")[1]):
+        assert time.monotonic() < ends, text
+        time.sleep(0.2)
+    assert 'steadyhelm_operator_requests_total{code="200",resource="trainingruns",verb="PATCH"}' in text
+
+
+def test_an_operator_that_does_not_get_on_fails_its_probe(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KUBECONFIG", str(place.kubeconfig))
+    kubernetes, port = Kubernetes(), free_port()
+    controller = Controller(kubernetes, Heads(kubernetes))
+
+    async def story() -> tuple[int, int]:
+        stop = asyncio.Event()
+        serving = asyncio.create_task(serve(controller, ["ns"], workers=0, health_port=port, stop=stop))
+        ends = time.monotonic() + 20
+        while (well := (await asyncio.to_thread(asked, port, "healthz"))[0]) != 200:
+            assert time.monotonic() < ends, well
+            await asyncio.sleep(0.2)
+        controller.beat -= 200  # no thread has taken anything up for so long
+        await asyncio.sleep(11)  # kopf remembers an answer for ten seconds
+        ill, _ = await asyncio.to_thread(asked, port, "healthz")
+        stop.set()
+        await serving
+        return well, ill
+
+    assert asyncio.run(story()) == (200, 500)
+
+
 def test_suspended_and_resumed_on_the_same_cluster(place: Place):
     place.create("rests")
     place.phase("rests", "Running")
@@ -338,17 +410,24 @@ def test_the_ray_apis_token_is_in_no_object_and_in_no_log(place: Place):
     assert "token-of-the-ray-api" not in objects + (place.folder / "operator.log").read_text()
 
 
-@pytest.mark.parametrize("state", ["Running", "Suspended", "Failed"])
+STATES = ["Pending", "Provisioning", "Running", "Recovering", "Suspended", "Succeeded", "Failed"]
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_deleting_leaves_nothing(place: Place, state: str):
     name = f"deleted-{state.lower()}"
-    if state == "Failed":
-        place.create(name, run=run_file(learner={"train_batch": 100_000}))
-    else:
-        place.create(name)
+    more: dict[str, Any] = {"run": run_file(learner={"train_batch": 100_000})} if state == "Failed" else {}
+    place.create(name, **({"cluster": {"name": "none"}} if state == "Pending" else more))
+    if state not in ("Pending", "Provisioning", "Failed"):
         place.phase(name, "Running")
     if state == "Suspended":
         place.change(name, suspend=True)
+    elif state == "Recovering":
+        place.heads.head("ns", name).up = False
+    elif state == "Succeeded":
+        place.heads.head("ns", name).iteration = 60
     place.phase(name, state)
     place.admin.must("DELETE", f"{RUNS}/{name}")
     place.gone(name)
-    assert place.heads.live("ns", name) == []
+    silent = state == "Recovering"  # its head cannot be told, and goes with the cluster's pods
+    assert silent or place.heads.live("ns", name) == []

@@ -1,6 +1,7 @@
 """The loop around the decision: a Kubernetes in memory, heads on real sockets, and the operator's own client."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,8 +23,8 @@ class Operator:
     """A controller that looks only when it is told to, at a time that stands still."""
 
     def __init__(self, heads: FakeHeads, url: str) -> None:
-        self.heads, self.kubernetes = heads, MemoryKubernetes()
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
+        self.heads, self.kubernetes = heads, MemoryKubernetes(lambda: self.now)
         self.url = url
         self.restart()
 
@@ -101,6 +102,15 @@ def test_a_run_that_works_costs_no_request_to_kubernetes(operator: Operator):
     operator.kubernetes.calls.clear()
     operator.looks(20)
     assert operator.kubernetes.calls == []
+
+
+def test_a_run_on_its_way_up_costs_few_requests(operator: Operator):
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+    operator.looks()
+    assert operator.status["phase"] == "Running"
+    assert Counter(operator.kubernetes.calls) == {
+        "PATCH run": 1, "GET cluster": 1, "POST cluster": 1, "PATCH status": 3, "POST event": 3
+    }  # fmt: skip
 
 
 def test_figures_alone_are_not_written_each_time(operator: Operator):
@@ -205,7 +215,18 @@ def test_what_is_wrong_with_pods_is_asked_now_and_then(operator: Operator):
     operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
     for _ in range(6):
         operator.controller.look(NAME)
+        operator.now += timedelta(seconds=10)
     assert (operator.status["phase"], operator.status["reason"]) == ("Provisioning", "NoCapacity")
+    assert operator.kubernetes.calls.count("GET pods") == 1
+
+
+def test_pods_that_have_just_been_made_are_not_asked_for(operator: Operator):
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+    for _ in range(4):
+        operator.controller.look(NAME)
+    assert (operator.status["reason"], operator.kubernetes.calls.count("GET pods")) == ("PodsNotReady", 0)
+    operator.now += timedelta(seconds=16)
+    operator.controller.look(NAME)
     assert operator.kubernetes.calls.count("GET pods") == 1
 
 

@@ -71,6 +71,12 @@ def test_an_attempt_is_written_down_one_look_before_it_is_submitted():
     assert isinstance(world.look().actions[0], Submit)
 
 
+def test_what_begins_an_attempt_is_told_once():
+    world = own()
+    world.settle()
+    assert [reason for reason, _ in world.events] == ["CreatingCluster", "AttemptBegins", "Starting"]
+
+
 def test_a_missing_cluster_is_named_and_waited_for():
     world = World()
     world.settle()
@@ -234,7 +240,8 @@ def test_how_an_attempt_ended_decides_whether_it_counts(
     last = world.status.last
     assert (last.outcome, last.reason, world.status.failures) == (outcome, reason, int(outcome == "Failed"))
     assert (world.status.phase, world.status.restarts) == ("Recovering", 1)
-    assert any(name == reason and "Attempt 1 ended" in text for name, text in world.events)
+    (text,) = (text for name, text in world.events if name == reason and "Attempt 1 ended" in text)
+    assert ("`steadyhelm logs digits.uidofdig.1`" in text) is (outcome == "Failed")
     world.wait(30)
     world.settle()
     assert world.live == ["digits.uidofdig.2"]

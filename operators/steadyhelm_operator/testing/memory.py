@@ -6,18 +6,24 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from steadyhelm_operator.client import ConflictError, MissingError
-from steadyhelm_operator.state import ClusterView
+from steadyhelm_operator.state import ClusterView, stamp
 
 Name = tuple[str, str]
 
 
 class MemoryKubernetes:
-    """The part of the Kubernetes API that the operator uses, in memory: versions grow, writes are under conditions."""
+    """The part of the Kubernetes API that the operator uses, in memory: versions grow, writes are under conditions.
 
-    def __init__(self) -> None:
+    Args:
+        clock: the time, which is when a cluster was made.
+    """
+
+    def __init__(self, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._clock = clock
         self.runs: dict[Name, dict[str, Any]] = {}
         self.clusters: dict[Name, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
@@ -84,8 +90,8 @@ class MemoryKubernetes:
             metadata = manifest["metadata"]
             if (metadata["namespace"], metadata["name"]) in self.clusters:
                 raise ConflictError("a RayCluster of that name is there")
-            uid = f"cluster-{next(self._versions)}"
-            return self.put("cluster", {**manifest, "metadata": {**metadata, "uid": uid}}, "ADDED")
+            own = {"uid": f"cluster-{next(self._versions)}", "creationTimestamp": stamp(self._clock())}
+            return self.put("cluster", {**manifest, "metadata": {**metadata, **own}}, "ADDED")
 
     def patch_cluster(self, cluster: ClusterView, patch: list[dict[str, Any]]) -> dict[str, Any]:
         """As the real one, for the patches that the operator makes."""

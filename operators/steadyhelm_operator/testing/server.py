@@ -27,7 +27,7 @@ class Api:
 
     def __init__(self, url: str, authority: Path, token: str) -> None:
         self.url, self.authority, self.token = url, authority, token
-        self._pool = urllib3.PoolManager(ca_certs=str(authority), timeout=30.0, retries=False)
+        self._pool = urllib3.PoolManager(ca_certs=str(authority), timeout=30.0, retries=False, maxsize=16)
 
     def call(
         self, verb: str, path: str, body: Any = None, kind: str = "application/json", **headers: str
@@ -52,6 +52,17 @@ class Api:
         found: dict[str, Any] = answer
         return found
 
+    def watch(self, path: str) -> urllib3.BaseHTTPResponse:
+        """The lines of a watch, which begins with what is there; ends with ``shutdown``, or after an hour."""
+        mark = "&" if "?" in path else "?"
+        return self._pool.request(
+            "GET",
+            f"{self.url}{path}{mark}watch=true&resourceVersion=0&timeoutSeconds=3600",
+            headers={"Authorization": f"Bearer {self.token}"},
+            preload_content=False,
+            timeout=urllib3.Timeout(connect=30.0, read=3600.0),
+        )
+
     def kubeconfig(self, file: Path) -> Path:
         """A file by which a program asks as the same."""
         file.write_text(
@@ -74,7 +85,7 @@ class Api:
 @contextlib.contextmanager
 def api_server(programs: Path, folder: Path) -> Iterator[tuple[Api, Api]]:
     """Starts one of the programs in a folder; yields it as asked by its administrator, and by the operator."""
-    etcd, peers, port = (_free_port() for _ in range(3))
+    etcd, peers, port = (free_port() for _ in range(3))
     tokens = {"admin": secrets.token_hex(16), "operator": secrets.token_hex(16)}
     (folder / "tokens.csv").write_text(
         f'{tokens["admin"]},admin,1,"system:masters"\n{tokens["operator"]},{OPERATOR},2,"system:serviceaccounts"\n'
@@ -133,7 +144,8 @@ def _ready(port: int, authority: Path, token: str) -> bool:
         return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback address that nobody listens at now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
