@@ -262,10 +262,6 @@ def cost(folder: Path, number: int, settle_s: float, steady_s: float) -> Cost:
         time.sleep(settle_s)
         before, cpu, then = its.requests(), cpu_s(), time.monotonic()
         slow, waits = its.p99_s(), its.waits()
-        if os.environ.get("DUMP"):
-            for name, labels, value in sorted(its.metrics(), key=str):
-                if "seconds" in name and ("_sum" in name or "_count" in name):
-                    print(name, labels, value, file=sys.stderr)
         for head in heads.heads.values():
             head.iteration += 1
         time.sleep(steady_s)
