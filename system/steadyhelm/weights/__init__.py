@@ -31,7 +31,7 @@ class WeightSync(Protocol):
         ...
 
     def fetch(self, record: WeightsRecord) -> Mapping[str, torch.Tensor]:
-        """The tensors of ``record``, verified against its checksum, on the CPU and unchanged until the next call.
+        """The tensors of ``record``, verified against its checksum, on the CPU, unchanged while the mapping lives.
 
         Raises ObjectMissingError, CorruptObjectError; LearnerLostError where a rank has to send them and does not.
         """

@@ -26,28 +26,38 @@ Models = Mapping[torch.dtype, ChangeModel]
 """What is known of the changes, for each type that is coded."""
 
 CODERS: Mapping[torch.dtype, kernels.Coder] = {
-    torch.bfloat16: kernels.HALVES,
-    torch.float16: kernels.HALVES,
-    torch.float32: kernels.WHOLES,
+    torch.bfloat16: kernels.Coder(shift=7, half=1 << 15),
+    torch.float16: kernels.Coder(shift=10, half=1 << 15),
+    torch.float32: kernels.Coder(shift=23, half=1 << 31),
 }
 """The types whose differences are coded; of others a changed block goes as it is."""
-CENSUS = 1 << 22
+CENSUS = 1 << 20
 """Elements of a type that the model of changes is made from; of larger sets every so manieth run is looked at."""
 
-_CODED = struct.Struct("<BI")
+_CODED = struct.Struct(f"<B{2 * kernels.TRACKS}I")
 _CODES, _BYTES = 1, 2
 _REMEDY = "the weights are to be taken from an anchor"
+
+
+def _aligned(size: int) -> NDArray[np.uint32]:
+    """So many words, from the beginning of one of the processor's cache lines on."""
+    memory = np.empty(4 * size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + 4 * size].view(np.uint32)
 
 
 class _Scratch(threading.local):
     """A thread's working memory for one block; pages that nothing is written to take no memory."""
 
     def __init__(self) -> None:
-        self.places = np.empty(BLOCK, np.int64)
-        self.kinds = np.empty(BLOCK, np.uint8)
-        self.steps = np.empty(BLOCK, np.int32)
-        self.words = np.empty(4 * BLOCK + 16, np.uint32)
-        self.sums = np.empty(kernels.TILE + kernels.REACH, np.uint32)
+        tracks = (kernels.TRACKS, BLOCK)
+        self.places = np.empty(tracks, np.int64)
+        self.kinds = np.empty(tracks, np.uint8)
+        self.steps = np.empty(tracks, np.int32)
+        self.words = np.empty(4 * BLOCK + 64, np.uint32)
+        self.fronts = _aligned(kernels.TILE + kernels.GROUP)
+        self.ends = _aligned(kernels.TILE // kernels.GROUP + kernels.LANES)
+        self.found = _aligned(kernels.TILE + kernels.GROUP)
 
 
 _scratch = _Scratch()
@@ -77,7 +87,7 @@ def models_of(blocks: Sequence[Block], base: Flat, tensors: Flat) -> dict[torch.
             counts = np.zeros((256, kernels.TOKENS + 1), np.int64)
             for block in own:
                 for old, new in zip(block.views(base), block.views(tensors), strict=True):
-                    kernels.census(old, new, coder.shift, coder.half, stride, counts)
+                    kernels.census(old, new, coder, stride, counts)
             models[dtype] = ChangeModel.of(counts)
     return models
 
@@ -89,25 +99,45 @@ def encode(block: Block, base: Flat, tensors: Flat, models: Models) -> bytes:
     if model is None:
         equal = all(np.array_equal(before, after) for before, after in zip(old, new, strict=True))
         return b"" if equal else _copied(old, new)
-    mine, compare = _scratch, CODERS[block.dtype].compare
-    state = np.zeros(2, np.uint64)
+    mine = _scratch
+    state = np.zeros((kernels.TRACKS, 2), np.uint64)
     for before, after in zip(old, new, strict=True):
-        compare(before, after, model.weights, state, mine.places, mine.kinds, mine.steps)
-    changes = int(state[0])
-    if not changes:
+        kernels.compare(
+            before,
+            after,
+            CODERS[block.dtype],
+            model.first,
+            model.weights,
+            state,
+            mine.places,
+            mine.kinds,
+            mine.steps,
+            mine.fronts,
+            mine.ends,
+            mine.found,
+        )
+    counts = state[:, 0].tolist()
+    if not any(counts):
         return b""
-    begin = kernels.encode(
-        changes,
-        mine.places,
-        mine.kinds,
-        mine.steps,
-        model.weights,
-        model.contexts,
-        model.frequencies,
-        model.starts,
-        mine.words,
-    )
-    code = _CODED.pack(_CODES, changes) + mine.words[begin:].astype("<u4", copy=False).tobytes()
+    begins = [len(mine.words)]
+    for track in reversed(range(kernels.TRACKS)):
+        begins.append(
+            kernels.encode(
+                counts[track],
+                mine.places[track],
+                mine.kinds[track],
+                mine.steps[track],
+                model.weights,
+                model.contexts,
+                model.frequencies,
+                model.starts,
+                mine.words,
+                begins[-1],
+            )
+        )
+    ends = [begin - begins[-1] for begin in reversed(begins[:-1])]
+    code = _CODED.pack(_CODES, *counts, *ends)
+    code += mine.words[begins[-1] :].astype("<u4", copy=False).tobytes()
     return code if len(code) <= block.num_bytes else _copied(old, new)
 
 
@@ -140,15 +170,31 @@ def decode(flat: Flat, block: Block, code: memoryview, models: Models, place: st
             start += view.nbytes
         return
     model, size = models.get(block.dtype), code.nbytes - _CODED.size
-    if code[0] != _CODES or model is None or size < 16 or size % 4:
+    if code[0] != _CODES or model is None or size < 0 or size % 4:
         raise CorruptObjectError(f"{place} has a block of an unknown kind: {_REMEDY}")
-    _, changes = _CODED.unpack_from(code)
+    _, *numbers = _CODED.unpack_from(code)
+    counts, ends = numbers[: kernels.TRACKS], numbers[kernels.TRACKS :]
+    begins = [0, *ends[:-1]]
+    if [*begins, size // 4] != sorted([*begins, size // 4]) or ends[-1] != size // 4:
+        raise CorruptObjectError(f"{place} has a block whose tracks do not add up: {_REMEDY}")
     words = np.zeros(size // 4 + kernels.PADDING, np.uint32)
-    words[: -kernels.PADDING] = np.frombuffer(bytes(code[_CODED.size :]), "<u4")
-    mine, coder = _scratch, CODERS[block.dtype]
-    state = np.zeros(6, np.uint64)
-    kernels.start(words, changes, state)
+    words[: -kernels.PADDING] = np.frombuffer(code[_CODED.size :], "<u4")
+    mine = _scratch
+    states = np.zeros((kernels.TRACKS, 8), np.uint64)
+    for begin, changes, state in zip(begins, counts, states, strict=True):
+        kernels.start(words, begin, changes, state)
     for view in views:
-        coder.decode(view, model.weights, model.rows, model.slots, words, state, mine.sums)
-    if state[2] != len(words) - kernels.PADDING or state[3]:
+        kernels.decode(
+            view,
+            CODERS[block.dtype],
+            model.first,
+            model.weights,
+            model.rows,
+            model.slots,
+            words,
+            states,
+            mine.fronts,
+            mine.ends,
+        )
+    if [(state[2], state[3]) for state in states.tolist()] != [(end, 0) for end in ends]:
         raise CorruptObjectError(f"{place} has a block that ends too early or too late: {_REMEDY}")

@@ -24,7 +24,7 @@ from steadyhelm.store.records import dumps, from_json, loads, to_json
 from steadyhelm.weights.codec import DTYPE_NAMES, DTYPES
 from steadyhelm.weights.entropy import ChangeModel
 
-FORMAT = 1
+FORMAT = 2
 """Version of the objects' format."""
 _MAGIC = b"SHDELTA\n"
 _LENGTH = struct.Struct("<I")

@@ -11,23 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steadyhelm.errors import CorruptObjectError
-from steadyhelm.weights.kernels import HALF_LIFE_BITS, MAX_WEIGHT, TOKEN_BITS, TOKENS
+from steadyhelm.weights.kernels import CLASSES, HALF_LIFE_BITS, MAX_WEIGHT, TOKEN_BITS, TOKENS
 
 FEW = 16
 """Classes of which fewer changes were seen share one distribution of differences."""
 _TOTAL = 1 << TOKEN_BITS
 _ESCAPE = TOKENS - 1
-_COUNT = struct.Struct("<HH")
+_COUNT = struct.Struct("<BBH")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeModel:
-    """Weights of the 256 classes, and distributions of signed differences.
+    """Weights of the 64 classes, and distributions of signed differences.
 
-    ``weights`` [256] uint32 are in hazard units, at least 1. ``contexts`` [256] uint8 is the row of ``frequencies``
-    [rows, 128] uint16 that a class uses; a row adds up to 2^11, and its escape is never 0.
+    ``first`` is the exponent of class 0. ``weights`` [64] uint32 are in hazard units, at least 1. ``contexts`` [64]
+    uint8 is the row of ``frequencies`` [rows, 128] uint16 that a class uses; a row adds up to 2^11, and its escape is
+    never 0.
     """
 
+    first: int
     weights: NDArray[np.uint32]
     contexts: NDArray[np.uint8]
     frequencies: NDArray[np.uint16]
@@ -35,16 +37,19 @@ class ChangeModel:
     @classmethod
     def of(cls, counts: NDArray[np.int64]) -> ChangeModel:
         """The model that fits ``counts`` [256, 129], as ``kernels.census`` makes them."""
+        first = _window(counts)
+        classes = np.clip(np.arange(len(counts)) - first, 0, CLASSES - 1)
+        counts = np.stack([counts[classes == number].sum(0) for number in range(CLASSES)])
         changed, unchanged = counts[:, :TOKENS].sum(1), counts[:, TOKENS]
         stayed = (unchanged + 0.05) / (unchanged + changed + 0.1)
         weights = np.clip(np.round(-np.log2(stayed) * (1 << HALF_LIFE_BITS)), 1, MAX_WEIGHT)
         weights[unchanged + changed == 0] = 1
-        own = np.flatnonzero(changed >= FEW)[:255]
-        contexts = np.zeros(256, np.uint8)
+        own = np.flatnonzero(changed >= FEW)
+        contexts = np.zeros(CLASSES, np.uint8)
         contexts[own] = 1 + np.arange(len(own))
         rest = counts[contexts == 0, :TOKENS].sum(0)
         rows = [_frequencies(rest), *(_frequencies(counts[kind, :TOKENS]) for kind in own)]
-        return cls(weights=weights.astype(np.uint32), contexts=contexts, frequencies=np.stack(rows))
+        return cls(first=first, weights=weights.astype(np.uint32), contexts=contexts, frequencies=np.stack(rows))
 
     @cached_property
     def starts(self) -> NDArray[np.uint16]:
@@ -54,12 +59,13 @@ class ChangeModel:
 
     @cached_property
     def rows(self) -> NDArray[np.uint32]:
-        """[256]: where in ``slots`` the row of a class begins."""
-        return self.contexts.astype(np.uint32) * np.uint32(_TOTAL)
+        """[256]: where in ``slots`` the row begins that the class of an exponent uses."""
+        classes = np.clip(np.arange(256) - self.first, 0, CLASSES - 1)
+        return self.contexts[classes].astype(np.uint32) * np.uint32(_TOTAL)
 
     @cached_property
     def slots(self) -> NDArray[np.uint32]:
-        """[rows · 2^11]: what ``Coder.decode`` looks a row's slot up in."""
+        """[rows · 2^11]: what ``kernels.decode`` looks a row's slot up in."""
         table = np.empty((len(self.frequencies), _TOTAL), np.uint32)
         for row, (frequencies, starts) in enumerate(zip(self.frequencies, self.starts, strict=True)):
             tokens = np.repeat(np.arange(TOKENS), frequencies)
@@ -73,7 +79,7 @@ class ChangeModel:
         rows, tokens = np.nonzero(self.frequencies)
         return b"".join(
             (
-                _COUNT.pack(len(kinds), len(rows)),
+                _COUNT.pack(self.first, len(kinds), len(rows)),
                 kinds.tobytes(),
                 self.contexts[kinds].tobytes(),
                 self.weights[kinds].astype("<u4").tobytes(),
@@ -87,7 +93,7 @@ class ChangeModel:
     def from_bytes(cls, data: bytes, place: str) -> ChangeModel:
         """The model that ``to_bytes`` wrote. Raises CorruptObjectError, which names ``place``."""
         try:
-            num_kinds, num_tokens = _COUNT.unpack_from(data)
+            first, num_kinds, num_tokens = _COUNT.unpack_from(data)
             sizes = (num_kinds, num_kinds, 4 * num_kinds, num_tokens, num_tokens, 2 * num_tokens)
             ends = np.cumsum((_COUNT.size, *sizes)).tolist()
             if ends[-1] != len(data) or not num_tokens:
@@ -96,7 +102,7 @@ class ChangeModel:
                 np.frombuffer(data[start:end], kind)
                 for (start, end), kind in zip(pairwise(ends), ("u1", "u1", "<u4", "u1", "u1", "<u2"), strict=True)
             )
-            weights, contexts = np.ones(256, np.uint32), np.zeros(256, np.uint8)
+            weights, contexts = np.ones(CLASSES, np.uint32), np.zeros(CLASSES, np.uint8)
             weights[kinds], contexts[kinds] = weight, of_kind
             frequencies = np.zeros((int(rows.max()) + 1, TOKENS), np.uint16)
             frequencies[rows, tokens] = frequency
@@ -108,7 +114,14 @@ class ChangeModel:
             raise CorruptObjectError(
                 f"{place} has a damaged model of changes ({error}): fetch the weights from their anchor"
             ) from error
-        return cls(weights=weights, contexts=contexts, frequencies=frequencies)
+        return cls(first=first, weights=weights, contexts=contexts, frequencies=frequencies)
+
+
+def _window(counts: NDArray[np.int64]) -> int:
+    """The exponent from which on ``CLASSES`` of them have most of the changes, and then most elements."""
+    changed, seen = counts[:, :TOKENS].sum(1).astype(np.float64), counts.sum(1).astype(np.float64)
+    worth = np.cumsum(np.r_[0.0, changed + seen / (seen.sum() + 1)])
+    return int((worth[CLASSES:] - worth[:-CLASSES]).argmax())
 
 
 def _frequencies(counts: NDArray[np.int64]) -> NDArray[np.uint16]:

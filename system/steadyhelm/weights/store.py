@@ -12,8 +12,10 @@ out to be others than it thought, follows them to an anchor.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -24,7 +26,7 @@ from steadyhelm.errors import CorruptObjectError
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.records import from_json, to_json
 from steadyhelm.weights import blocks, codec
-from steadyhelm.weights.blocks import Models
+from steadyhelm.weights.blocks import Flat, Models
 from steadyhelm.weights.checksum import combined, digest, in_threads, require_checksum
 from steadyhelm.weights.delta import Delta, check_parts
 from steadyhelm.weights.entropy import ChangeModel
@@ -42,21 +44,35 @@ ANCHOR_EVERY = 20
 """Versions from one anchor to the next."""
 
 
+class FetchedTensors(dict[str, torch.Tensor]):
+    """Tensors by name that nobody writes to for as long as this object lives."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    """A version, and a copy of its tensors that nobody else writes to; ``deltas`` is its distance from an anchor."""
+    """A version, and a copy of its tensors that nobody else writes to; ``deltas`` is its distance from an anchor.
+
+    ``lent`` is what a reader gave out of them; None for nothing.
+    """
 
     record: WeightsRecord
     layout: Layout
     tensors: dict[str, torch.Tensor]
     deltas: int = 0
+    lent: weakref.ref[FetchedTensors] | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody may still read what was given out."""
+        return self.lent is not None and self.lent() is not None
 
 
 class StoreWeights:
     """Publishes versions as anchors and deltas in an object store, and fetches them.
 
     Objects are ``<key>/anchor-<part>-<n>.safetensors``, tensors in sorted order of name, or ``<key>/delta-<part>``. To
-    code the next delta, publisher and reader each keep a copy of the tensors in memory. One call at a time.
+    code the next delta, publisher and reader each keep a copy of the tensors in memory; a reader keeps two where its
+    caller goes on using the tensors that it was given. One call at a time.
 
     Args:
         store: where objects are put and read.
@@ -82,6 +98,7 @@ class StoreWeights:
         self._max_object_bytes = max_object_bytes
         self._published: _Held | None = None
         self._held: _Held | None = None
+        self._spare: _Held | None = None
 
     def publish(
         self,
@@ -119,25 +136,35 @@ class StoreWeights:
             self._published = coding.result(record)
         return record
 
-    def fetch(self, record: WeightsRecord) -> Mapping[str, torch.Tensor]:
+    def fetch(self, record: WeightsRecord) -> FetchedTensors:
         """The tensors of ``record``, verified as a whole against its checksum.
 
-        They are on the CPU, this object's own, and as they are until the next call. Where deltas lead from the version
-        fetched before to this one, only those are read.
+        They are on the CPU, and as they are for as long as the mapping lives: where it does at the next call, that
+        makes the new version in other memory, else in the same. Where deltas lead from the version fetched before to
+        this one, only those are read.
 
         Raises:
             ObjectMissingError, CorruptObjectError: neither from there nor from an anchor is there a way to ``record``.
         """
         start, steps = self._way(record, self._held.record if self._held else None)
-        held, self._held = self._held, None
+        held = self._held
         if held is not None and start == held.record:
             try:
-                self._held = self._follow(held, steps, record)
-                return dict(self._held.tensors)
+                return self._lend(self._follow(held, steps, record))
             except CorruptObjectError:  # our copy is not what it was: an anchor knows better
                 start, steps = self._way(record, None)
-        self._held = self._follow(self._anchor(start), steps, record)
-        return dict(self._held.tensors)
+        self._held = None if held is None or not held.in_use else held
+        return self._lend(self._follow(self._anchor(start), steps, record))
+
+    def _lend(self, found: _Held) -> FetchedTensors:
+        """Keeps ``found`` for the next call, and gives its tensors out."""
+        lent = found.lent() if found.lent is not None else None
+        if lent is None:
+            lent = FetchedTensors(found.tensors)
+        if self._held is not None and self._held.tensors is not found.tensors:
+            self._spare = self._held
+        self._held = replace(found, lent=weakref.ref(lent))
+        return lent
 
     def close(self) -> None:
         """Nothing: what it put is the store's."""
@@ -194,15 +221,37 @@ class StoreWeights:
         return _Held(record=record, layout=Layout.of(tensors), tensors=tensors)
 
     def _follow(self, held: _Held, steps: Sequence[tuple[WeightsRecord, list[Delta]]], record: WeightsRecord) -> _Held:
-        """Takes ``held``, which is void afterwards, along ``steps`` to ``record``. Raises CorruptObjectError."""
+        """Takes ``held`` along ``steps`` to ``record``; it is void afterwards unless it is in use.
+
+        Raises CorruptObjectError.
+        """
         layout = held.layout
-        flat = {name: flat_words(tensor) for name, tensor in held.tensors.items()}
-        for to, deltas in steps:
-            work = [code for delta in deltas for code in _coded_blocks(delta, layout, to)]
-            in_threads(lambda arguments: blocks.decode(flat, *arguments), work, self._threads)
-        found = combined(layout, b"".join(in_threads(lambda b: digest(b.views(flat)), layout.blocks, self._threads)))
-        require_checksum(found, record)
-        return _Held(record=record, layout=layout, tensors=held.tensors)
+        tensors = self._free_memory(held) if steps and held.in_use else held.tensors
+        if tensors is held.tensors:
+            self._held = None  # what begins here may not come to its end
+        base = {name: flat_words(tensor) for name, tensor in held.tensors.items()}
+        flat = {name: flat_words(tensor) for name, tensor in tensors.items()}
+        work = [_Work(layout, to, deltas) for to, deltas in steps]
+        for step in work[:-1]:
+            in_threads(partial(step.apply, base, flat), range(len(layout.blocks)), self._threads)
+            base = flat
+
+        def finish(index: int) -> bytes:
+            if work:
+                work[-1].apply(base, flat, index)
+            return digest(layout.blocks[index].views(flat))
+
+        require_checksum(
+            combined(layout, b"".join(in_threads(finish, range(len(layout.blocks)), self._threads))), record
+        )
+        return _Held(record=record, layout=layout, tensors=tensors, lent=None if steps else held.lent)
+
+    def _free_memory(self, held: _Held) -> dict[str, torch.Tensor]:
+        """Tensors like those of ``held`` that nobody reads."""
+        spare, self._spare = self._spare, None
+        if spare is not None and not spare.in_use and spare.layout.checksum == held.layout.checksum:
+            return spare.tensors
+        return {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.tensors.items()}
 
 
 class _Coding:
@@ -240,16 +289,25 @@ class _Coding:
         return _Held(record=record, layout=self.share.layout, tensors=copies)
 
 
-def _coded_blocks(
-    delta: Delta, layout: Layout, record: WeightsRecord
-) -> Iterator[tuple[Block, memoryview, Models, str]]:
-    """The further arguments of ``blocks.decode`` for a part's blocks. Raises CorruptObjectError for another set."""
-    place = f"part {delta.part} of the delta to weights {record.version}"
-    mine = layout.part(delta.part, delta.parts)
-    if delta.layout != layout.checksum or len(delta.codes) != len(mine):
-        raise CorruptObjectError(f"{place} is for another set of tensors: take another version")
-    for index, code in zip(mine, delta.codes, strict=True):
-        yield layout.blocks[index], memoryview(code), delta.models, place
+class _Work:
+    """What a version's deltas do to each block of a layout. Raises CorruptObjectError for another set's."""
+
+    def __init__(self, layout: Layout, record: WeightsRecord, deltas: Sequence[Delta]) -> None:
+        self._layout = layout
+        self._codes: list[tuple[memoryview, Models, str]] = []
+        for delta in deltas:
+            place = f"part {delta.part} of the delta to weights {record.version}"
+            if delta.layout != layout.checksum or len(delta.codes) != len(layout.part(delta.part, delta.parts)):
+                raise CorruptObjectError(f"{place} is for another set of tensors: take another version")
+            self._codes += [(memoryview(code), delta.models, place) for code in delta.codes]
+
+    def apply(self, base: Flat, flat: Flat, index: int) -> None:
+        """Makes a block of ``flat`` the new one, from ``base``, which may be the same arrays."""
+        block = self._layout.blocks[index]
+        if flat is not base:
+            for before, after in zip(block.views(base), block.views(flat), strict=True):
+                after[:] = before
+        blocks.decode(flat, block, *self._codes[index])
 
 
 def _parts(tensors: Mapping[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,4 +1,9 @@
+import hashlib
+import os
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,3 +158,25 @@ def test_a_model_of_changes_comes_back_from_its_bytes_and_damaged_ones_are_refus
     for damaged in (stored[:-1], stored + b"\0", b"", stored[:-2] + b"\xff\xff"):
         with pytest.raises(CorruptObjectError, match="here has a damaged model"):
             ChangeModel.from_bytes(damaged, "here")
+
+
+CODES = """
+from tests.unit.weights.test_blocks import digest_of_codes
+print(digest_of_codes())
+"""
+
+
+def digest_of_codes():
+    """Of the codes of a step, checked on the way, over odd sizes."""
+    pairs = {str(size): adam_like(size, lr=1e-3) for size in (1, 63, 64, 65, 4095, 5000, 70_001)}
+    old, new = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+    return hashlib.sha256(b"".join(coded(old, new))).hexdigest()
+
+
+def test_a_processor_without_wide_vectors_makes_the_same_codes_and_reads_them(tmp_path):
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).resolve().parents[3]
+    other = subprocess.run(
+        [sys.executable, "-c", CODES], env=os.environ | plain, cwd=root, capture_output=True, text=True, timeout=280
+    )
+    assert other.stdout.strip() == digest_of_codes(), other.stderr

@@ -195,8 +195,8 @@ def test_whoever_has_not_the_right_word_gets_no_answer_and_disturbs_nobody(publi
     address = (sender.host, sender.port)
     with socket.create_connection(address, timeout=20) as stranger, socket.create_connection(address):  # one is mute
         stranger.sendall(question)
-        stranger.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):  # it may have been shown the door already
+            stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(100) == b""
     same_bits(reader(publisher).fetch(record), small_set())
 

@@ -172,7 +172,7 @@ def test_a_forged_delta_fails_the_check_of_the_whole_set_at_the_latest(field):
 def test_a_delta_of_a_later_format_names_the_remedy():
     run = Run(2)
     ref = run.records[1].objects[0]
-    data = bytes(run.store.get(ref.key)).replace(b'"format":1', b'"format":2')
+    data = bytes(run.store.get(ref.key)).replace(b'"format":2', b'"format":3')
     import xxhash
 
     later = run.store.put(ref.key, data[:-16] + xxhash.xxh3_128_digest(data[:-16]))
@@ -251,3 +251,69 @@ def test_parts_of_two_deltas_do_not_mix():
         with pytest.raises(CorruptObjectError, match=r"not the parts of one delta to 1\.1"):
             reader.fetch(replace(records[2], objects=objects))
     same_bits(reader.fetch(records[2]), tensors)
+
+
+def addresses(tensors):
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
+
+
+def test_tensors_stay_as_they_are_for_as_long_as_somebody_holds_them():
+    run = Run(6)
+    reader = StoreWeights(run.store)
+    served = reader.fetch(run.records[0])
+    for iteration in range(1, 6):
+        before = copied(served)
+        found = reader.fetch(run.records[iteration])
+        same_bits(found, run.tensors[iteration])
+        same_bits(served, before)
+        assert not set(addresses(found).values()) & set(addresses(served).values())
+        served = found
+
+
+def test_a_served_version_and_the_next_take_turns_in_two_sets_of_memory():
+    run = Run(6)
+    reader, seen = StoreWeights(run.store), []
+    served = reader.fetch(run.records[0])
+    for record in run.records[1:]:
+        served = reader.fetch(record)
+        seen.append(addresses(served))
+    assert seen[0] == seen[2] == seen[4]
+    assert seen[1] == seen[3]
+
+
+def test_what_nobody_holds_is_brought_up_to_date_in_place():
+    run = Run(4)
+    reader = StoreWeights(run.store)
+    seen = [addresses(reader.fetch(record)) for record in run.records]
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+
+
+def test_a_version_that_was_fetched_but_never_served_leaves_the_served_one_alone():
+    run = Run(5)
+    reader = StoreWeights(run.store)
+    served = reader.fetch(run.records[1])
+    for iteration in (2, 3, 4, 0, 4):
+        same_bits(reader.fetch(run.records[iteration]), run.tensors[iteration])
+        same_bits(served, run.tensors[1])
+
+
+def test_the_same_version_again_is_the_same_tensors():
+    run = Run(3)
+    reader = StoreWeights(run.store)
+    first = reader.fetch(run.records[1])
+    again = reader.fetch(run.records[1])
+    assert again is first
+    del first
+    reader.fetch(run.records[2])
+    same_bits(again, run.tensors[1])
+
+
+@pytest.mark.parametrize("damage", [DAMAGES["truncated"], DAMAGES["a bit flipped in the codes"]])
+def test_a_delta_that_is_refused_leaves_what_is_served_as_it_was(damage):
+    run = Run(4)
+    reader = StoreWeights(run.store)
+    served = reader.fetch(run.records[1])
+    ref = damaged(run.store, run.records[2].objects[0], damage)
+    with pytest.raises(CorruptObjectError):
+        reader.fetch(replace(run.records[2], objects=(ref,)))
+    same_bits(served, run.tensors[1])

@@ -21,9 +21,10 @@ import torch
 
 from steadyhelm import telemetry
 from steadyhelm.data.types import Completion, EngineRequest, PolicyVersion, Sampling, WeightsRecord
-from steadyhelm.errors import DeadlineError, EngineLostError, ModelError, ResourceError, RetryableError
+from steadyhelm.errors import DeadlineError, EngineLostError, ResourceError, RetryableError
 from steadyhelm.models.decode import Decoding
 from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.services.rollout.swap import Swap
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ BURST_S = 0.05
 """Seconds of decode steps between two visits to the event loop: how late a completion is yielded at most."""
 
 WeightsFetch = Callable[[WeightsRecord], Mapping[str, torch.Tensor]]
-"""Reads and verifies a version's tensors, which stay as they are until the next call; raises CorruptObjectError."""
+"""Reads and verifies a version's tensors, which stay as they are while the mapping lives; raises CorruptObjectError."""
 
 
 class TransformersEngine:
@@ -42,7 +43,7 @@ class TransformersEngine:
         encoder: of the same model folder.
         batch: sequences generated together.
         version: whose weights ``model`` has.
-        fetch: reads a version's tensors.
+        fetch: reads a version's tensors, which the model then serves as they are, on a CPU without a copy.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class TransformersEngine:
         self._batch = batch
         self._version = version
         self._fetch = fetch
+        self._served: Swap | None = None  # holds the tensors that the model has
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._turn = asyncio.Lock()
         self._taking = asyncio.Lock()
@@ -112,13 +114,13 @@ class TransformersEngine:
         async with self._taking:
             if weights.version == self._version:
                 return
-            with telemetry.span("rollout", "fetch weights"):
-                tensors = await asyncio.to_thread(self._fetch, weights)
+            swap = await asyncio.to_thread(self._prepared, weights)
             self._swaps_waiting += 1
             try:
-                await self._on_thread(partial(self._swap, tensors, weights.version))
+                await self._on_thread(partial(self._put, swap, weights.version))
             finally:
                 self._swaps_waiting -= 1
+            await asyncio.to_thread(swap.forget_former)
 
     async def health(self) -> None:
         """Returns where the engine can serve. Raises EngineLostError."""
@@ -172,39 +174,12 @@ class TransformersEngine:
                     break
         return completions
 
-    def _swap(self, tensors: Mapping[str, torch.Tensor], version: PolicyVersion) -> None:
-        with telemetry.span("rollout", "swap weights"), torch.inference_mode():
-            targets = _checked_targets(self._model, tensors, version)
-            for name, target in targets.items():
-                target.copy_(tensors[name])
-            self._version = version
+    def _prepared(self, weights: WeightsRecord) -> Swap:
+        """All that can be done for ``weights`` while the model serves."""
+        with telemetry.span("rollout", "fetch weights"):
+            return Swap(self._model, self._fetch(weights), weights.version)
 
-
-def _checked_targets(
-    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], version: PolicyVersion
-) -> dict[str, torch.Tensor]:
-    """The model's own tensors by the names of ``tensors``. Raises ModelError unless they fit exactly.
-
-    Names that share memory (a tied output layer) may come under one name or under several with equal values.
-    """
-    own = model.state_dict()
-    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name, tensor in own.items():
-        groups.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
-    where = f"weights {version} do not fit the engine's model"
-    remedy = "engine and learner need the same model.path and model.dtype"
-    for name, tensor in tensors.items():
-        if name not in own:
-            raise ModelError(f"{where}: it has no tensor {name!r}; {remedy}")
-        if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
-            raise ModelError(
-                f"{where}: {name!r} is {tensor.dtype} {tuple(tensor.shape)} but must be {own[name].dtype} "
-                f"{tuple(own[name].shape)}; {remedy}"
-            )
-    for names in groups.values():
-        given = [name for name in names if name in tensors]
-        if not given:
-            raise ModelError(f"{where}: the tensor {names[0]!r} is missing; {remedy}")
-        if any(not torch.equal(tensors[given[0]], tensors[name]) for name in given[1:]):
-            raise ModelError(f"{where}: {', '.join(given)} are one tensor in the model but come with unequal values")
-    return {name: own[name] for name in tensors}
+    def _put(self, swap: Swap, version: PolicyVersion) -> None:
+        with telemetry.span("rollout", "swap weights"):
+            swap.put()
+            self._version, self._served = version, swap
