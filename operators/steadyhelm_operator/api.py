@@ -153,6 +153,10 @@ class Attempt(Resource):
     """When it was decided on."""
     submitted: bool = False
     """Whether the Jobs API has taken it."""
+    losses: int = 0
+    """Actors and learner groups that it has lost and replaced by itself."""
+    lost: str = ""
+    """What it lost last, in words."""
     stopping: str = ""
     """Why the operator stops it; empty where it does not."""
     stopping_since: str = ""

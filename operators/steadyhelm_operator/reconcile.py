@@ -18,6 +18,7 @@ in the middle is made good by the next look. Three rules keep it right:
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -55,8 +56,8 @@ FATAL = frozenset({"BadRunFile", "BadData", "BadModel"})
 """Reasons that another attempt would meet again."""
 INFRASTRUCTURE = frozenset({"NoCapacity", "ClusterUnreachable", "StoreUnreachable", "Stopped"})
 """Reasons that are none of the run's doing; such an attempt is lost and does not count."""
-EXIT_WRONG_INPUT, EXIT_TERMINATED = 2, 128 + 15
-"""Exit codes of ``steadyhelm run``: what was given is wrong; ended by SIGTERM."""
+EXIT_WRONG_INPUT = 2
+"""Exit code of ``steadyhelm run`` where what was given is wrong."""
 
 
 def reconcile(desired: Desired, raw: Mapping[str, Any], seen: Observed, now: datetime, jitter: float) -> Decision:
@@ -175,24 +176,26 @@ class _Look:
         if not job.ended:
             return
         said = document if document is not None and document.reason else None
+        killed = _signal(job.exit_code)
         lines = [f"the driver ended with exit code {job.exit_code}", *job.message.strip().splitlines()]
-        text = (said.message if said else lines[-1])[:500]
+        text = (said.message if said else f"the driver was killed ({killed})" if killed else lines[-1])[:500]
         if job.status == "SUCCEEDED":
             self.end("Succeeded", "Finished", "the run reached its last iteration")
         elif job.status == "STOPPED":
             self.end("Lost", "Interrupted", "somebody stopped the job")
         elif job.exit_code is None:
             self.end("Lost", "DriverLost", text)
-        elif job.exit_code == EXIT_TERMINATED:
+        elif killed == "SIGTERM":
             self.end("Lost", "Interrupted", "the driver was told to end by somebody else (SIGTERM)")
         else:
             wrong = job.exit_code == EXIT_WRONG_INPUT
-            reason = said.reason if said else "BadRunFile" if wrong else "DriverFailed"
+            reason = said.reason if said else "BadRunFile" if wrong else "DriverKilled" if killed else "DriverFailed"
             self.end("Lost" if reason in INFRASTRUCTURE else "Failed", reason, text)
 
     def progress(self, document: RunStatus) -> None:
         """Takes the driver's figures over."""
         version, checkpoint, rollouts = document.version, document.checkpoint, document.rollouts
+        self.attempt(losses=document.losses, lost=document.lost)
         self.set(
             iteration=document.iteration,
             iterations=document.iterations or self.status.iterations,
@@ -504,6 +507,15 @@ class _Look:
         return None
 
 
+def _signal(code: int | None) -> str:
+    """Name of the signal that an exit code tells of, as shells write it or as Python does; empty where of none."""
+    number = 0 if code is None else -code if code < 0 else code - 128
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return ""
+
+
 def changes(old: Status, new: Status) -> tuple[Notice, ...]:
     """The events that tell of what changed: attempts that began or ended, where the run stands, what is in its way."""
     found: list[Notice] = []
@@ -513,6 +525,9 @@ def changes(old: Status, new: Status) -> tuple[Notice, ...]:
         if before is None:
             where = f"from iteration {attempt.from_iteration} on {new.cluster}"
             found.append(Notice(warning=False, reason="AttemptBegins", message=f"Attempt {attempt.number} {where}."))
+        if before is not None and attempt.losses > before.losses:
+            text = f"Attempt {attempt.number} at iteration {new.iteration}, loss {attempt.losses}: {attempt.lost}"
+            found.append(Notice(warning=True, reason="ServiceLost", message=text))
         if attempt.ended_at and (before is None or not before.ended_at):
             text = f"Attempt {attempt.number} ended at iteration {new.iteration}: {attempt.message}."
             counted = attempt.outcome in ("Failed", "Lost")

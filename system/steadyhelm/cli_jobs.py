@@ -376,5 +376,6 @@ def _status_lines(found: RunStatus) -> list[str]:
         facts.append(f"checkpoint of iteration {found.checkpoint.iteration}")
     lines = [f"  {' · '.join(facts)}", f"  store {found.store}"]
     lines += [f"  waits: {text}" for text in found.waiting]
+    lines += [f"  losses: {found.losses}, the last: {found.lost}"] * bool(found.losses)
     lines += [f"  {found.reason}: {found.message}"] if found.reason else [f"  {found.message}"] * bool(found.message)
     return lines

@@ -139,7 +139,7 @@ class Loop:
                     await asyncio.to_thread(self._log.renew, "a learner rank was lost")
                     again = f"restart {self._losses} of at most {self._run.learner.max_restarts}"
                     text = f"{error} The group goes on from the last checkpoint ({again})."
-                    self._tell(telemetry.Notice(text=text, level="warning"))
+                    self._tell(telemetry.Notice(text=text, level="warning", loss=True))
         finally:
             await batches.close()
 

@@ -24,6 +24,8 @@ ADDRESS = "STEADYHELM_STATUS_ADDRESS"
 """Environment variable: ``host:port`` where a driver serves its status; none is served where it is not set."""
 NO_CAPACITY = "NoCapacity"
 """The reason where an actor finds no place in the cluster."""
+LOST_CHARACTERS = 300
+"""Most of a loss that the document tells: Ray's words about it may fill a page."""
 LONG_S = 30.0
 """What a service has been doing for longer than this is waited for, as the document says."""
 
@@ -66,6 +68,8 @@ class StatusBoard:
             known = {"accuracy": event.metrics.get(names.EVAL_ACCURACY)}
         elif isinstance(event, Notice) and event.level != "info":
             known = {"message": redact(event.text, self._secrets)}
+            if event.loss:
+                known |= {"losses": self._kept.losses + 1, "lost": known["message"][:LOST_CHARACTERS]}
         self.note(**known)
 
     def ended(self, code: int) -> None:

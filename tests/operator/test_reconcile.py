@@ -169,6 +169,22 @@ def test_the_drivers_figures_are_the_status():
     assert world.look().notices == ()
 
 
+def test_what_a_driver_loses_and_replaces_is_told_once_for_each_loss():
+    world = running(shared())
+    world.say("running", losses=1, lost="reward 0 is lost; another one takes its place")
+    world.look()
+    world.look()
+    assert (world.status.attempts[-1].losses, world.status.phase) == (1, "Running")
+    world.say("running", losses=2, lost="a learner rank is lost")
+    world.look()
+    assert world.status.attempts[-1].lost == "a learner rank is lost"
+    told = [text for reason, text in world.events if reason == "ServiceLost"]
+    assert told == [
+        "Attempt 1 at iteration 0, loss 1: reward 0 is lost; another one takes its place",
+        "Attempt 1 at iteration 0, loss 2: a learner rank is lost",
+    ]
+
+
 def test_what_the_driver_misses_is_the_reason_while_it_waits():
     world = running(shared())
     world.say("starting", reason="NoCapacity", message="pool learner lacks 2 of 4 nodes")
@@ -216,8 +232,10 @@ def test_a_cluster_that_is_not_the_runs_is_never_deleted():
 
 ENDS = {
     "an error of the run": ("FAILED", 1, "", "Failed", "DriverFailed"),
-    "killed by the kernel": ("FAILED", 137, "", "Failed", "DriverFailed"),
+    "killed by the kernel": ("FAILED", 137, "", "Failed", "DriverKilled"),
+    "killed, as Python writes it": ("FAILED", -9, "", "Failed", "DriverKilled"),
     "told to end by a node that goes": ("FAILED", 143, "", "Lost", "Interrupted"),
+    "told to end before it could listen": ("FAILED", -15, "", "Lost", "Interrupted"),
     "a job that Ray lost": ("FAILED", None, "", "Lost", "DriverLost"),
     "stopped by hand": ("STOPPED", None, "", "Lost", "Interrupted"),
     "not a number": ("FAILED", 1, "NonFinite", "Failed", "NonFinite"),
@@ -245,6 +263,13 @@ def test_how_an_attempt_ended_decides_whether_it_counts(
     world.wait(30)
     world.settle()
     assert world.live == ["digits.uidofdig.2"]
+
+
+def test_a_driver_that_was_killed_is_told_by_its_signal_and_not_by_the_end_of_its_log():
+    world = running(shared())
+    world.driver_ends("FAILED", -9, 'exit code -9, last logs:\n{"event": "IterationDone"}')
+    world.look()
+    assert world.status.attempts[-1].message == "the driver was killed (SIGKILL)"
 
 
 def test_what_is_wrong_with_the_input_is_not_tried_again():

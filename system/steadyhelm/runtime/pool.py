@@ -459,7 +459,7 @@ class Pool:
         self._losses += 1
         self.replaced += wanted
         text = f"{self.service} {member.number} is lost ({error})" + "; another one takes its place" * wanted
-        self.tell(Notice(text=text, level="warning"))
+        self.tell(Notice(text=text, level="warning", loss=True))
         self._remove(member)
         self._settle()
 

@@ -66,13 +66,14 @@ class EvalDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """A line for the person who watches: a restart, a replay, a checkpoint.
+    """A line for the person who watches: a restart, a replay, a checkpoint. ``loss``: something was lost, and replaced.
 
-    Example: ``Notice(text="engine rollout-1 was lost; its 64 requests go to rollout-0", level="warning")``
+    Example: ``Notice(text="rollout 1 is lost; another one takes its place", level="warning", loss=True)``
     """
 
     text: str
     level: Literal["info", "warning", "error"] = "info"
+    loss: bool = False
 
 
 Event = RunStarted | ServiceState | IterationDone | EvalDone | Notice
@@ -88,7 +89,8 @@ def event_of(line: Mapping[str, Any]) -> Event | None:
     """The event that ``log_event`` wrote as ``line`` of a JSON log; None for another line."""
     if line.get("event") == "Notice":
         level = line.get("level")
-        return Notice(text=str(line.get("message")), level=level if level in _LEVELS else "info")
+        known = level if level in _LEVELS else "info"
+        return Notice(text=str(line.get("message")), level=known, loss=line.get("loss") is True)
     kind = _KINDS.get(str(line.get("event")))
     if kind is None:
         return None

@@ -54,9 +54,10 @@ class RunStatus(Part):
     """The document.
 
     ``iteration`` of ``iterations`` is committed. ``accuracy`` is the last evaluation's; ``staleness`` is in versions,
-    over the last batch's tokens. ``waiting`` says in words what the run waits for. ``reason`` is the class of what is
-    wrong (``errors.reason_of``; ``NoCapacity``: there is no room for an actor), empty where nothing is; ``message`` is
-    for people. Times are RFC 3339.
+    over the last batch's tokens. ``waiting`` says in words what the run waits for. ``losses`` counts the actors and
+    learner groups that this driver has lost and replaced, ``lost`` tells of the last. ``reason`` is the class of what
+    is wrong (``errors.reason_of``; ``NoCapacity``: there is no room for an actor), empty where nothing is; ``message``
+    is for people. Times are RFC 3339.
 
     Example: ``RunStatus(run="digits-transformers", store="s3://runs", attempt=1, phase="running", iteration=12)``
     """
@@ -75,6 +76,8 @@ class RunStatus(Part):
     rollouts: Rollouts = Rollouts()
     checkpoint: Checkpoint | None = None
     waiting: tuple[str, ...] = ()
+    losses: int = 0
+    lost: str = ""
     reason: str = ""
     message: str = ""
     started_at: str = ""

@@ -62,6 +62,16 @@ class TestTheDocument:
         assert {name: found[name] for name in expected} == expected
         assert (found["reward"], found["staleness"], found["accuracy"], found["message"]) == (1.5, None, 0.75, "")
 
+    def test_losses_stay_known_behind_the_iteration_that_follows(self):
+        board = StatusBoard()
+        board.take(Notice(text="rollout 0 is lost; another one takes its place", level="warning", loss=True))
+        board.take(Notice(text="a shard is late", level="warning"))
+        board.take(Notice(text="a learner rank is lost: " + 1000 * "x", level="warning", loss=True))
+        board.take(IterationDone(iteration=1, metrics={}))
+        found = board.document()
+        assert (found.losses, found.message, len(found.lost)) == (2, "", 300)
+        assert found.lost.startswith("a learner rank is lost")
+
     def test_it_says_what_takes_long_and_what_finds_no_room(self):
         board = StatusBoard(clock=lambda: 100.0)
         board.take(ServiceState(service="learner", state="steps iteration 3", since_s=40.0))
