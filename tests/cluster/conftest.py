@@ -18,6 +18,8 @@ from tests.cluster.node.machine import NoNodeError, node
 from tests.cluster.release import CHART, NAMESPACE, OPERATOR_CHART, OPERATOR_NAMESPACE, RELEASE, ROOT
 from tests.programs import fetched
 
+KEEP = "STEADYHELM_KEEP_RELEASE" in os.environ
+"""Whether what is installed stays, for the next try on a cluster that KUBECONFIG names."""
 RAY_CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
 
 
@@ -92,7 +94,7 @@ def release(kubernetes: Kubernetes, kuberay: str, images: dict[str, object]) -> 
         values = kubernetes.folder / "values.yaml"
         values.write_text(yaml.safe_dump(images | {"networkPolicy": {"apiFrom": [OPERATOR_NAMESPACE]}}))
         files = ["--values", CHART / "examples" / "small-cpu.yaml", "--values", values]
-        kubernetes.run("helm", "install", RELEASE, CHART, "--namespace", NAMESPACE, *files)
+        kubernetes.run("helm", "upgrade", "--install", RELEASE, CHART, "--namespace", NAMESPACE, *files)
         yield kuberay
 
 
@@ -104,12 +106,13 @@ def operator(kubernetes: Kubernetes, release: str, images: dict[str, object]) ->
         values.write_text(yaml.safe_dump({"image": images["image"]}))
         where = ("--namespace", OPERATOR_NAMESPACE)
         kubernetes.run(
-            "helm", "install", "operator", OPERATOR_CHART, *where, "--values", values, "--wait", timeout_s=300
+            "helm", "upgrade", "--install", "operator", OPERATOR_CHART, *where, "--values", values, timeout_s=120
         )
         try:
             yield
         finally:
-            kubernetes.run("helm", "uninstall", "operator", *where, "--wait", timeout_s=120)
+            if not KEEP:
+                kubernetes.run("helm", "uninstall", "operator", *where, "--ignore-not-found", "--wait", timeout_s=120)
 
 
 @contextlib.contextmanager
@@ -120,6 +123,7 @@ def _namespace(kubernetes: Kubernetes, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        kubernetes.api.delete(f"{place}/{name}")
-        gone = f"{place}/{name}"
-        kubernetes.until(lambda: kubernetes.api.get(gone) is None, f"namespace {name} is gone", seconds=180)
+        if not KEEP:
+            kubernetes.api.delete(f"{place}/{name}")
+            gone = f"{place}/{name}"
+            kubernetes.until(lambda: kubernetes.api.get(gone) is None, f"namespace {name} is gone", seconds=180)

@@ -15,6 +15,7 @@ OPERATOR_CHART = ROOT / "charts" / "steadyhelm-operator"
 NAMESPACE, RELEASE = "rl-tests", "rl"
 OPERATOR_NAMESPACE = "operator-tests"
 HEAD = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-head-svc:8265/proxy"
+DRIVER = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-head-svc:8266/proxy"
 STORE = f"s3://steadyhelm/runs?endpoint=http://{RELEASE}-s3.{NAMESPACE}.svc:7070"
 
 
@@ -53,6 +54,18 @@ def one_running(kubernetes: Kubernetes, group: str, *, apart: str = "", seconds:
         return next((p for p in pods(kubernetes, group) if running(p) and p["metadata"]["name"] != apart), None)
 
     return kubernetes.until(found, f"a pod of {group} is ready", seconds=seconds, namespace=NAMESPACE)
+
+
+def kill(kubernetes: Kubernetes, pod: str) -> None:
+    """Has a pod killed at once: its processes get SIGKILL, and nobody is told before."""
+    kubernetes.api.delete(f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}", grace_s=0)
+
+
+def replaced(kubernetes: Kubernetes, group: str, *, seconds: float = 180) -> Manifest:
+    """Kills the group's pod, and returns the one that is ready in its place."""
+    victim = one_running(kubernetes, group)["metadata"]["name"]
+    kill(kubernetes, victim)
+    return one_running(kubernetes, group, apart=victim, seconds=seconds)
 
 
 def steadyhelm(kubernetes: Kubernetes, *words: str | Path, seconds: float = 90) -> str:

@@ -10,36 +10,34 @@ import yaml
 
 from tests.cluster.api import ApiError
 from tests.cluster.kubernetes import Kubernetes
+from tests.cluster.lineage import lineage
 from tests.cluster.release import (
-    CHART,
     HEAD,
     NAMESPACE,
     RELEASE,
     api_answers,
     one_running,
     pods,
-    smoke_run,
+    replaced,
     steadyhelm,
     token,
 )
+from tests.cluster.runs import CODE, STORY, WORKLOAD, digits_records, digits_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 
-def reached(kubernetes: Kubernetes, *, iteration: int, phase: str = "") -> dict[str, Any]:
-    """The run's status, once it has that iteration behind it."""
+def reached(kubernetes: Kubernetes, *, iteration: int) -> dict[str, Any]:
+    """The run's status by ``steadyhelm status``, once it has that iteration behind it."""
 
     def found() -> dict[str, Any] | None:
-        try:
-            said = json.loads(steadyhelm(kubernetes, "status", "story-transformers", "--json"))
-        except AssertionError:  # the head is not there yet, or no longer
-            return None
+        said = json.loads(steadyhelm(kubernetes, "status", STORY, "--json"))
         document: dict[str, Any] | None = said["status"]
         if document is None:
             assert said["job"]["status"] in ("PENDING", "RUNNING"), said
             return None
         assert document["phase"] in ("starting", "running"), document
-        return document if document["iteration"] >= iteration and phase in ("", document["phase"]) else None
+        return document if document["iteration"] >= iteration and document["phase"] == "running" else None
 
     return kubernetes.until(found, f"iteration {iteration} is behind", seconds=240, namespace=NAMESPACE)
 
@@ -86,28 +84,31 @@ def test_helms_own_test_trains_an_iteration(kubernetes: Kubernetes, release: str
     assert "Succeeded" in said
 
 
-def test_a_submitted_run_outlives_its_rollout_pod_and_its_head(kubernetes: Kubernetes, release: str, tmp_path: Path):
-    shutil.copy(CHART / "files" / "smoke" / "smoke.py", tmp_path)
+def test_a_submitted_run_trains_outlives_its_rollout_pod_and_stops(
+    kubernetes: Kubernetes, release: str, tmp_path: Path
+):
+    for code in CODE:
+        shutil.copy(WORKLOAD / code, tmp_path)
     file = tmp_path / "story.yaml"
-    file.write_text(yaml.safe_dump(smoke_run("story", iterations=200)))
-    worker, head = (one_running(kubernetes, group)["metadata"]["name"] for group in ("rollout", "headgroup"))
-
+    file.write_text(yaml.safe_dump(digits_run(iterations=5000)))
     kubernetes.until(lambda: api_answers(kubernetes), "the Ray API answers", seconds=120, namespace=NAMESPACE)
-    steadyhelm(kubernetes, "submit", file, "--detach")
-    reached(kubernetes, iteration=2, phase="running")
+    again = ("submit", file, "--id", STORY, "--detach")
+    steadyhelm(kubernetes, *again)
+    reached(kubernetes, iteration=2)
+    steadyhelm(kubernetes, *again)  # finds the job that is there
+    (listed,) = json.loads(steadyhelm(kubernetes, "list", "--json"))[-1:]
+    assert (listed["submission_id"], listed["status"]) == (f"{STORY}.1", "RUNNING")
 
-    kubernetes.api.delete(f"/api/v1/namespaces/{NAMESPACE}/pods/{worker}", grace_s=0)
-    so_far = reached(kubernetes, iteration=1)["iteration"]
-    one_running(kubernetes, "rollout", apart=worker)
-    assert reached(kubernetes, iteration=so_far + 2)["attempt"] == 1, "the run went on by itself"
+    replaced(kubernetes, "rollout")
+    so_far = reached(kubernetes, iteration=2)
+    on = reached(kubernetes, iteration=so_far["iteration"] + 2)
+    assert (on["attempt"], on["losses"]) == (1, 1), "the driver has replaced the engine by itself"
+    assert on["lost"].startswith("rollout 0 is lost")
 
-    kubernetes.api.delete(f"/api/v1/namespaces/{NAMESPACE}/pods/{head}", grace_s=0)
-    one_running(kubernetes, "headgroup", apart=head)
-    for group in ("learner", "reward", "rollout"):
-        one_running(kubernetes, group)
-    kubernetes.until(lambda: api_answers(kubernetes), "the Ray API answers", seconds=120, namespace=NAMESPACE)
-    # Nobody resubmits without the operator; a user does, by the same command.
-    steadyhelm(kubernetes, "submit", file, "--detach", "--take-over")
-    again = reached(kubernetes, iteration=so_far + 3, phase="running")
-    assert again["attempt"] == 2
-    steadyhelm(kubernetes, "stop", "story-transformers", seconds=200)
+    steadyhelm(kubernetes, "stop", STORY, seconds=200)
+    (job,) = json.loads(steadyhelm(kubernetes, "list", "--json"))[-1:]
+    assert job["status"] == "STOPPED"
+    left = lineage(kubernetes, STORY, digits_records())
+    left.check()
+    assert (left.attempts, left.finished) == (("start",), False)
+    assert left.iterations >= on["iteration"]

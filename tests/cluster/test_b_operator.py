@@ -1,70 +1,161 @@
-"""A TrainingRun on a real Kubernetes: it trains, outlives its head, rests and goes on, and leaves nothing behind."""
+"""A TrainingRun on a real Kubernetes: it goes on with a run, is hurt in every part, rests, and comes to its end.
 
-from typing import Any
+One run, ``STORY``, which somebody has submitted by hand before, lives through all of it; its commit log is read at the
+end.
+"""
+
+import time
 
 import pytest
 
-from tests.cluster.api import Manifest
-from tests.cluster.kubernetes import Kubernetes
-from tests.cluster.release import CHART, NAMESPACE, RELEASE, one_running, smoke_run
+from tests.cluster.api import ApiError
+from tests.cluster.kubernetes import Kubernetes, running
+from tests.cluster.lineage import in_head, lineage
+from tests.cluster.release import (
+    CHART,
+    NAMESPACE,
+    OPERATOR_CHART,
+    OPERATOR_NAMESPACE,
+    RELEASE,
+    kill,
+    one_running,
+    replaced,
+)
+from tests.cluster.runs import (
+    RUNS,
+    STORY,
+    delete,
+    digits_records,
+    digits_run,
+    events,
+    goes_on,
+    own_cluster,
+    status,
+    training_run,
+    until,
+)
+from tests.cluster.strange_store import strange_store
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-RUNS = f"/apis/steadyhelm.dev/v1alpha1/namespaces/{NAMESPACE}/trainingruns"
-
-
-def a_run(name: str, **run: Any) -> Manifest:
-    return {
-        "apiVersion": "steadyhelm.dev/v1alpha1",
-        "kind": "TrainingRun",
-        "metadata": {"name": name},
-        "spec": {
-            "cluster": {"name": RELEASE},
-            "files": {"smoke.py": (CHART / "files" / "smoke" / "smoke.py").read_text()},
-            "run": smoke_run(name, iterations=300) | run,
-        },
-    }
-
-
-def until(kubernetes: Kubernetes, name: str, what: str, seconds: float = 240, **wanted: Any) -> Manifest:
-    """The run's status, once it has all of ``wanted``; a number is the least that will do."""
-
-    def found() -> Manifest | None:
-        status = ((kubernetes.api.get(f"{RUNS}/{name}") or {}).get("status")) or {}
-        for field, value in wanted.items():
-            here = status.get(field, 0 if isinstance(value, int) else None)
-            if here < value if isinstance(value, int) else here != value:
-                return None
-        return status
-
-    try:
-        return kubernetes.until(found, what, seconds=seconds, namespace=NAMESPACE)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{kubernetes.api.get(f'{RUNS}/{name}')}") from None
+KILL_DRIVERS = "kill -9 $(grep -lzE '(^|/)steadyhelm$' /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3)"
 
 
-def test_a_training_run_outlives_its_head_rests_and_goes_on(kubernetes: Kubernetes, operator: None):
-    kubernetes.api.create(RUNS, a_run("kept"))
-    until(kubernetes, "kept", "iterations are behind", phase="Running", iteration=2)
+def test_a_training_run_goes_on_with_the_run_that_was_submitted(kubernetes: Kubernetes, operator: None):
+    made = kubernetes.api.create(RUNS, training_run(STORY, digits_run(iterations=5000)))
+    assert made
+    begun = until(kubernetes, STORY, "it is at work", lambda said: said["phase"] == "Running" and said["iteration"] > 0)
+    assert begun["iterations"] == 5000
+    on = goes_on(kubernetes, STORY, attempt=1)
+    assert on["policyVersion"].endswith(".2"), "the second attempt at the run in the store"
+    assert (on["engines"], on["cluster"]) == ("1/1", RELEASE)
 
+
+def test_an_upgrade_of_both_charts_leaves_the_run_alone(kubernetes: Kubernetes, operator: None):
+    before = {pod["metadata"]["uid"] for pod in kubernetes.pods(NAMESPACE, **{"ray.io/cluster": RELEASE})}
+    upgrade = ("helm", "upgrade", "--reuse-values")
+    kubernetes.run(*upgrade, RELEASE, CHART, "--namespace", NAMESPACE, "--set", "podLabels.story=upgraded")
+    where = ("operator", OPERATOR_CHART, "--namespace", OPERATOR_NAMESPACE)
+    kubernetes.run(*upgrade, *where, "--set", "podLabels.story=upgraded", "--wait", timeout_s=180)
+    goes_on(kubernetes, STORY, attempt=1)
+    after = {pod["metadata"]["uid"] for pod in kubernetes.pods(NAMESPACE, **{"ray.io/cluster": RELEASE})}
+    assert after == before
+
+
+@pytest.mark.parametrize("pool", ["reward", "learner"])
+def test_a_run_outlives_a_pod_of_its_services_and_says_so(kubernetes: Kubernetes, operator: None, pool: str):
+    losses = status(kubernetes, STORY)["attempts"][-1]["losses"]
+    fresh = replaced(kubernetes, pool)
+    assert fresh["metadata"]["labels"]["story"] == "upgraded", "new pods are of the upgraded chart"
+    said = until(kubernetes, STORY, "it says so", lambda said: said["attempts"][-1]["losses"] > losses)
+    assert pool in said["attempts"][-1]["lost"]
+    assert ("ServiceLost", pool) in [(reason, pool) for reason, text in events(kubernetes, STORY) if pool in text]
+    goes_on(kubernetes, STORY, attempt=1)
+
+
+def test_a_killed_driver_is_resubmitted_though_the_operator_was_killed_too(kubernetes: Kubernetes, operator: None):
+    (victim,) = kubernetes.pods(OPERATOR_NAMESPACE)
+    place = f"/api/v1/namespaces/{OPERATOR_NAMESPACE}/pods/{victim['metadata']['name']}"
+    in_head(kubernetes, "bash", "-c", KILL_DRIVERS)
+    kubernetes.api.delete(place, grace_s=0)
+
+    on = goes_on(kubernetes, STORY, attempt=2)
+    first = on["attempts"][0]
+    assert (first["outcome"], first["reason"]) == ("Failed", "DriverKilled")
+    assert first["message"] == "the driver was killed (SIGKILL)"
+    assert any(running(pod) for pod in kubernetes.pods(OPERATOR_NAMESPACE))
+
+
+def test_a_lost_head_is_followed_by_another_attempt_on_the_next(kubernetes: Kubernetes, operator: None):
     head = one_running(kubernetes, "headgroup")["metadata"]["name"]
-    kubernetes.api.delete(f"/api/v1/namespaces/{NAMESPACE}/pods/{head}", grace_s=0)
-    lost = until(kubernetes, "kept", "a second attempt runs", phase="Running", attempt=2, seconds=300)
-    assert lost["attempts"][0]["outcome"] == "Lost"
-
-    kubernetes.api.merge(f"{RUNS}/kept", {"spec": {"suspend": True}})
-    rests = until(kubernetes, "kept", "it rests", phase="Suspended")
-    kubernetes.api.merge(f"{RUNS}/kept", {"spec": {"suspend": False}})
-    until(kubernetes, "kept", "it goes on", phase="Running", attempt=3, iteration=rests["iteration"] + 1)
-
-    kubernetes.api.delete(f"{RUNS}/kept")
-    kubernetes.until(lambda: kubernetes.api.get(f"{RUNS}/kept") is None, "it is gone", seconds=240, namespace=NAMESPACE)
+    kill(kubernetes, head)
+    on = goes_on(kubernetes, STORY, attempt=3, seconds=300)
+    second = on["attempts"][1]
+    assert (second["outcome"], second["reason"]) == ("Lost", "HeadReplaced")
+    assert on["failures"] == 0, "a lost head is no failure of the run"
+    one_running(kubernetes, "headgroup", apart=head)
 
 
-def test_a_bad_run_file_is_named_within_a_minute(kubernetes: Kubernetes, operator: None):
-    kubernetes.api.create(RUNS, a_run("wrong", model={"factory": "nowhere.py:model", "dtype": "float32"}))
-    told = until(kubernetes, "wrong", "it is refused", seconds=60, phase="Failed")
-    assert told["reason"] == "BadRunFile"
-    assert "nowhere.py" in told["message"]
-    kubernetes.api.delete(f"{RUNS}/wrong")
-    kubernetes.until(lambda: kubernetes.api.get(f"{RUNS}/wrong") is None, "it is gone", seconds=60)
+FAULTS = {
+    # name: (reason, words of the message)
+    "wrong-file": ("BadRunFile", "'nowhere.py'"),
+    "no-image": ("ImagePull", "image localhost/nowhere:1 cannot be pulled"),
+    "no-place": ("NoCapacity", "1 of 1 learner pods"),
+    "full-disk": ("DiskFull", "the store is full"),
+    "wrong-key": ("StoreRefused", "give right credentials"),
+}
+
+
+def test_a_run_that_rests_leaves_its_place_and_what_is_wrong_with_others_is_named_within_a_minute(
+    kubernetes: Kubernetes, operator: None
+):
+    kubernetes.api.merge(f"{RUNS}/{STORY}", {"spec": {"suspend": True}})
+    full = strange_store(kubernetes, "full", full=True)
+    stranger = strange_store(kubernetes, "stranger", stranger=True)
+    rests = until(kubernetes, STORY, "it rests", lambda said: said["phase"] == "Suspended")
+    assert rests["attempts"][-1]["outcome"] == "Stopped"
+
+    run = digits_run(iterations=9)
+    nowhere = {"steadyhelm.dev/there-is-none": "true"}
+    made = {
+        "wrong-file": training_run("wrong-file", run | {"model": {"factory": "nowhere.py:build", "dtype": "float32"}}),
+        "no-image": training_run("no-image", run, cluster=own_cluster(kubernetes, image="localhost/nowhere:1")),
+        "no-place": training_run("no-place", run, cluster=own_cluster(kubernetes, nodeSelector=nowhere)),
+        "full-disk": training_run("full-disk", run | {"store": {"uri": full}}),
+        "wrong-key": training_run("wrong-key", run | {"store": {"uri": stranger}}),
+    }
+    for manifest in made.values():
+        manifest["spec"]["failurePolicy"] = {"backoffSeconds": 300}  # what is wrong with one is not tried again here
+        assert kubernetes.api.create(RUNS, manifest)
+    ends = time.monotonic() + 60
+    for name, (reason, words) in FAULTS.items():
+        left = max(0.0, ends - time.monotonic())
+        said = until(kubernetes, name, f"{reason} is named", lambda said, r=reason: said["reason"] == r, seconds=left)
+        assert words in said["message"], said
+        assert said["phase"] != "Running"
+    for name in made:
+        delete(kubernetes, name)
+    for pod in ("full", "stranger"):
+        kill(kubernetes, pod)
+
+
+def test_a_misspelt_field_is_refused_by_kubernetes_itself(kubernetes: Kubernetes, operator: None):
+    run = digits_run(iterations=9)
+    run["schedule"]["iteratoins"] = 3
+    with pytest.raises(ApiError, match="iteratoins") as refused:
+        kubernetes.api.call("POST", f"{RUNS}?fieldValidation=Strict", training_run("misspelt", run))
+    assert refused.value.code in (400, 422)
+
+
+def test_a_run_that_rested_goes_on_where_it_was_and_comes_to_its_end(kubernetes: Kubernetes, operator: None):
+    rests = status(kubernetes, STORY)
+    last = rests["iteration"] + 4
+    changed = {"suspend": False, "run": {"schedule": {"iterations": last}}}
+    kubernetes.api.merge(f"{RUNS}/{STORY}", {"spec": changed})
+    done = until(kubernetes, STORY, "it is done", lambda said: said["phase"] == "Succeeded", seconds=240)
+    assert (done["progress"], done["attempt"]) == (f"{last}/{last}", 4)
+    assert done["attempts"][-1]["fromIteration"] == rests["iteration"]
+
+    left = lineage(kubernetes, STORY, digits_records())
+    left.check()
+    assert (left.iterations, left.finished) == (last, True)

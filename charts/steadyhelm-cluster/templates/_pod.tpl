@@ -158,6 +158,8 @@ spec:
 {{- end }}
 {{- if eq .name "head" }}
 {{- $_ := set $env "RAY_JOB_STOP_WAIT_TIME_S" (max 3 (sub $grace 20) | toString) }}
+{{- /* The hook has stopped the drivers; nothing is left to move elsewhere. */}}
+{{- $_ := set $env "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "0" }}
 {{- $_ := set $env "STEADYHELM_METRICS_ADDRESS" "0.0.0.0:9464" }}
 {{- $_ := set $env "STEADYHELM_STATUS_ADDRESS" "0.0.0.0:8266" }}
 {{- end }}

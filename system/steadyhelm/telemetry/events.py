@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 
@@ -89,8 +89,8 @@ def event_of(line: Mapping[str, Any]) -> Event | None:
     """The event that ``log_event`` wrote as ``line`` of a JSON log; None for another line."""
     if line.get("event") == "Notice":
         level = line.get("level")
-        known = level if level in _LEVELS else "info"
-        return Notice(text=str(line.get("message")), level=known, loss=line.get("loss") is True)
+        told = Notice(text=str(line.get("message")), loss=line.get("loss") is True)
+        return replace(told, level=level) if level in _LEVELS else told
     kind = _KINDS.get(str(line.get("event")))
     if kind is None:
         return None

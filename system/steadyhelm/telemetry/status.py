@@ -109,16 +109,16 @@ def serve_status(
 ) -> tuple[int, Callable[[], None]]:
     """Answers ``GET /status`` at ``host:port`` in daemon threads; the port (0 chose a free one) and a function to stop.
 
-    With a ``token``, a request has to bear it in ``Authorization``, or is answered HTTP 401. Raises OSError where the
-    port is taken.
+    With a ``token``, a request has to bear it as Ray's API wants it, in ``Authorization`` or, through proxies that take
+    that away, ``X-Ray-Authorization``; else it is answered HTTP 401. Raises OSError where the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
         timeout = ANSWER_S
 
         def do_GET(self) -> None:
-            given = self.headers.get("Authorization", "").encode()
-            if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            given = self.headers.get("Authorization") or self.headers.get("X-Ray-Authorization") or ""
+            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 self._answer(401, json.dumps({"error": "the Ray API's token is missing or wrong in Authorization"}))
             elif self.path.partition("?")[0] != PATH:
                 self._answer(404, json.dumps({"error": f"there is {PATH} and nothing else"}))

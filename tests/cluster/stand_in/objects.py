@@ -223,8 +223,8 @@ def _autoscaler(cluster: Manifest, main: Manifest) -> Manifest:
         "name": "autoscaler",
         "image": options.get("image") or main["image"],
         "imagePullPolicy": options.get("imagePullPolicy", "IfNotPresent"),
-        "command": ["/bin/bash", "-c", "--"],
-        "args": [command],
+        "command": options.get("command") or ["/bin/bash", "-c", "--"],
+        "args": options.get("args") or [command],
         "env": [
             _field("RAY_CLUSTER_NAME", "metadata.labels['ray.io/cluster']"),
             _field("RAY_CLUSTER_NAMESPACE", "metadata.namespace"),

@@ -37,8 +37,8 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def ask(port: int, token: str = "", path: str = "/status") -> dict[str, object]:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+def ask(port: int, token: str = "", path: str = "/status", header: str = "Authorization") -> dict[str, object]:
+    headers = {header: f"Bearer {token}"} if token else {}
     with urllib.request.urlopen(
         urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers), timeout=5
     ) as a:
@@ -159,7 +159,7 @@ class TestServing:
         monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
         with served(StatusBoard(), lambda event: None) as tell:
             tell(RunStarted(run="digits", iterations=3))
-            assert ask(port, TOKEN)["run"] == "digits"
+            assert ask(port, TOKEN)["run"] == ask(port, TOKEN, header="X-Ray-Authorization")["run"] == "digits"
             for token in ("", "wrong", TOKEN[:-1], "ä"):
                 with pytest.raises(urllib.error.HTTPError) as refused:
                     ask(port, token.encode().decode("latin-1"))
