@@ -180,6 +180,9 @@ class _Look:
         lines = [f"the driver ended with exit code {job.exit_code}", *job.message.strip().splitlines()]
         text = (said.message if said else f"the driver was killed ({killed})" if killed else lines[-1])[:500]
         if job.status == "SUCCEEDED":
+            spec = self.desired.spec
+            if spec is not None and self.status.attempts[-1].payload == self.desired.payload:
+                self.set(iteration=spec.run.schedule.iterations)  # the last look at its driver may be long ago
             self.end("Succeeded", "Finished", "the run reached its last iteration")
         elif job.status == "STOPPED":
             self.end("Lost", "Interrupted", "somebody stopped the job")

@@ -1,6 +1,7 @@
 """A release of the cluster's chart on a real Kubernetes, and what is asked of it again and again."""
 
 import base64
+import contextlib
 import sys
 from pathlib import Path
 
@@ -56,16 +57,23 @@ def one_running(kubernetes: Kubernetes, group: str, *, apart: str = "", seconds:
     return kubernetes.until(found, f"a pod of {group} is ready", seconds=seconds, namespace=NAMESPACE)
 
 
-def kill(kubernetes: Kubernetes, pod: str) -> None:
-    """Has a pod killed at once: its processes get SIGKILL, and nobody is told before."""
-    kubernetes.api.delete(f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}", grace_s=0)
+def kill(kubernetes: Kubernetes, pod: Manifest) -> None:
+    """Has every process in a pod's first container killed (SIGKILL), and then the pod deleted without any grace.
+
+    Deleting alone would not do: even without a grace Kubernetes sends SIGTERM first, and Ray drains its node by it.
+    """
+    name, container = pod["metadata"]["name"], pod["spec"]["containers"][0]["name"]
+    with contextlib.suppress(AssertionError):  # the command's own end depends on who is faster
+        inside = ("exec", name, "-c", container, "--", "bash", "-c", "kill -9 -1")
+        kubernetes.run("kubectl", "-n", pod["metadata"]["namespace"], *inside)
+    kubernetes.api.delete(f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{name}", grace_s=0)
 
 
 def replaced(kubernetes: Kubernetes, group: str, *, seconds: float = 180) -> Manifest:
     """Kills the group's pod, and returns the one that is ready in its place."""
-    victim = one_running(kubernetes, group)["metadata"]["name"]
+    victim = one_running(kubernetes, group)
     kill(kubernetes, victim)
-    return one_running(kubernetes, group, apart=victim, seconds=seconds)
+    return one_running(kubernetes, group, apart=victim["metadata"]["name"], seconds=seconds)
 
 
 def steadyhelm(kubernetes: Kubernetes, *words: str | Path, seconds: float = 90) -> str:

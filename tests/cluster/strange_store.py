@@ -53,7 +53,7 @@ def _part(container: Manifest, **changes: object) -> Manifest:
     """A container like that one."""
     kept = {
         field: container[field]
-        for field in ("name", "image", "imagePullPolicy", "securityContext", "volumeMounts", "readinessProbe")
+        for field in ("name", "image", "imagePullPolicy", "ports", "readinessProbe", "securityContext", "volumeMounts")
         if field in container
     }
     return kept | {

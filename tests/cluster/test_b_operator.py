@@ -34,7 +34,7 @@ from tests.cluster.runs import (
     training_run,
     until,
 )
-from tests.cluster.strange_store import strange_store
+from tests.cluster.strange_store import PODS, strange_store
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -53,7 +53,7 @@ def test_a_training_run_goes_on_with_the_run_that_was_submitted(kubernetes: Kube
 
 def test_an_upgrade_of_both_charts_leaves_the_run_alone(kubernetes: Kubernetes, operator: None):
     before = {pod["metadata"]["uid"] for pod in kubernetes.pods(NAMESPACE, **{"ray.io/cluster": RELEASE})}
-    upgrade = ("helm", "upgrade", "--reuse-values")
+    upgrade = ("helm", "upgrade", "--reuse-values", "--force-conflicts")
     kubernetes.run(*upgrade, RELEASE, CHART, "--namespace", NAMESPACE, "--set", "podLabels.story=upgraded")
     where = ("operator", OPERATOR_CHART, "--namespace", OPERATOR_NAMESPACE)
     kubernetes.run(*upgrade, *where, "--set", "podLabels.story=upgraded", "--wait", timeout_s=180)
@@ -75,9 +75,8 @@ def test_a_run_outlives_a_pod_of_its_services_and_says_so(kubernetes: Kubernetes
 
 def test_a_killed_driver_is_resubmitted_though_the_operator_was_killed_too(kubernetes: Kubernetes, operator: None):
     (victim,) = kubernetes.pods(OPERATOR_NAMESPACE)
-    place = f"/api/v1/namespaces/{OPERATOR_NAMESPACE}/pods/{victim['metadata']['name']}"
     in_head(kubernetes, "bash", "-c", KILL_DRIVERS)
-    kubernetes.api.delete(place, grace_s=0)
+    kill(kubernetes, victim)
 
     on = goes_on(kubernetes, STORY, attempt=2)
     first = on["attempts"][0]
@@ -87,13 +86,12 @@ def test_a_killed_driver_is_resubmitted_though_the_operator_was_killed_too(kuber
 
 
 def test_a_lost_head_is_followed_by_another_attempt_on_the_next(kubernetes: Kubernetes, operator: None):
-    head = one_running(kubernetes, "headgroup")["metadata"]["name"]
-    kill(kubernetes, head)
+    fresh = replaced(kubernetes, "headgroup")
     on = goes_on(kubernetes, STORY, attempt=3, seconds=300)
     second = on["attempts"][1]
     assert (second["outcome"], second["reason"]) == ("Lost", "HeadReplaced")
     assert on["failures"] == 0, "a lost head is no failure of the run"
-    one_running(kubernetes, "headgroup", apart=head)
+    assert fresh["metadata"]["name"] == one_running(kubernetes, "headgroup")["metadata"]["name"]
 
 
 FAULTS = {
@@ -136,7 +134,7 @@ def test_a_run_that_rests_leaves_its_place_and_what_is_wrong_with_others_is_name
     for name in made:
         delete(kubernetes, name)
     for pod in ("full", "stranger"):
-        kill(kubernetes, pod)
+        kubernetes.api.delete(f"{PODS}/{pod}")
 
 
 def test_a_misspelt_field_is_refused_by_kubernetes_itself(kubernetes: Kubernetes, operator: None):

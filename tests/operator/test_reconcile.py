@@ -209,6 +209,14 @@ def test_a_run_that_ends_well_is_over_and_its_cluster_goes_after_a_while():
     assert (world.cluster, world.status.phase, world.submitted) == (None, "Succeeded", ["digits.uidofdig.1"])
 
 
+def test_a_run_that_ends_well_between_two_looks_is_at_its_last_iteration():
+    world = running(shared(), 12)
+    world.document = None
+    world.driver_ends("SUCCEEDED", 0)
+    world.look()
+    assert (world.status.phase, world.status.progress, world.status.iteration) == ("Succeeded", "60/60", 60)
+
+
 @pytest.mark.parametrize(
     ("policy", "succeeds", "goes"),
     [("Delete", True, True), ("Delete", False, True), ("DeleteOnSuccess", True, True),

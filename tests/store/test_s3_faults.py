@@ -207,7 +207,9 @@ def test_a_server_that_is_not_there_is_told_with_what_to_look_at(s3_bucket, monk
         (403, "ExpiredToken", "renew them"),
         (403, "RequestTimeTooSkewed", "clock"),
         (404, "NoSuchBucket", "create it"),
+        (404, "XAdminUserNotFound", "give right credentials"),
         (507, "XMinioStorageFull", "full: free some space"),
+        (507, "InsufficientStorage", "full: free some space"),
         (400, "Novelty", "HTTP 400 Novelty"),
     ],
 )

@@ -54,6 +54,7 @@ _REMEDIES = {
     "InvalidAccessKeyId": _CREDENTIALS,
     "SignatureDoesNotMatch": _CREDENTIALS,
     "InvalidToken": _CREDENTIALS,
+    "XAdminUserNotFound": _CREDENTIALS,
     "ExpiredToken": "the credentials have expired: renew them, then resume the run",
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it, then resume the run",
     "PermanentRedirect": "the bucket is in another region: give it in store.uri as ?region=…",
