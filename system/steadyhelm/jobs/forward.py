@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 import socket
 import subprocess
@@ -71,7 +72,7 @@ class PortForward:
         ]
         self._over = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self._lines, self._words = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._keeper = threading.Thread(target=self._keep, name="port-forward", daemon=True)
 
     def __enter__(self) -> Self:
@@ -96,6 +97,7 @@ class PortForward:
         if self._process is not None:
             self._process.terminate()
         self._keeper.join(ASK_S)
+        self._lines.close()
         self._words.close()
 
     def _keep(self) -> None:
@@ -104,7 +106,7 @@ class PortForward:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=self._lines,
                 stderr=self._words,
                 start_new_session=True,  # Ctrl-C is for whoever listens here
             )
@@ -114,19 +116,15 @@ class PortForward:
             self._over.wait(AGAIN_S)
 
     def _listens(self) -> bool:
-        try:
-            for port in self.local.values():
-                socket.create_connection(("127.0.0.1", port), 1.0).close()
-        except OSError:
-            return False
-        return True
+        """Whether kubectl has said so: to connect would end it where nobody serves that port of the head yet."""
+        said = os.pread(self._lines.fileno(), 1 << 16, 0).decode("utf-8", "replace")
+        return all(f"127.0.0.1:{here} -> {there}" in said for there, here in self.local.items())
 
     def _said(self) -> str:
         """The last of kubectl's words where it has ended already."""
         if self._process is None or self._process.poll() is None:
             return ""
-        self._words.seek(0)
-        return _last(self._words.read().decode("utf-8", "replace"))
+        return _last(os.pread(self._words.fileno(), 1 << 16, 0).decode("utf-8", "replace"))
 
 
 def _free_ports(count: int) -> list[int]:

@@ -311,7 +311,13 @@ else:
             pass
         b.close()
     there = int(arguments[-1].partition(":")[0])
-    with socket.create_server(("127.0.0.1", there)), socket.create_server(("127.0.0.1", here)) as s:
+    def unserved(of):  # as the real one: it ends where nobody in the pod takes what it forwards
+        of.accept()
+        os._exit(1)
+    with socket.create_server(("127.0.0.1", there)) as other, socket.create_server(("127.0.0.1", here)) as s:
+        threading.Thread(target=unserved, args=(other,), daemon=True).start()
+        for local, remote in ((here, 8265), (there, 8266)):
+            print(f"Forwarding from 127.0.0.1:{{local}} -> {{remote}}", flush=True)
         while True:
             a, _ = s.accept()
             b = socket.create_connection(("127.0.0.1", {port}))
