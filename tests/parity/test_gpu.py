@@ -9,6 +9,7 @@ from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import load_model
 from steadyhelm.models.logprobs import completion_logprobs
 from steadyhelm.services.rollout.transformers import TransformersEngine
+from steadyhelm.weights.mirror import Mirror
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -65,3 +66,17 @@ async def test_the_engine_samples_from_the_trainers_distribution(tiny_model, enc
             )
         np.testing.assert_allclose(completion.logprobs, expected[0].cpu().numpy(), rtol=0, atol=1e-3)
     await engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_changes_on_the_device_arrives_on_the_host_bit_for_bit(dtype):
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    limits = torch.iinfo(bits)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(limits.min, limits.max + 1, (300_001,), generator=generator).to(bits)  # NaNs included
+    mirror = Mirror()
+    for _ in range(3):
+        found = mirror.host("x", patterns.view(dtype).cuda())
+        assert found.is_cpu
+        assert torch.equal(found.view(bits), patterns)
+        patterns = torch.where(torch.rand(300_001, generator=generator) < 0.02, patterns + 1, patterns)

@@ -29,6 +29,7 @@ from steadyhelm.store.records import from_json, to_json
 from steadyhelm.telemetry import collect, span
 from steadyhelm.telemetry import metrics as names
 from steadyhelm.weights.broadcast import LOOPBACK
+from steadyhelm.weights.mirror import Mirror
 from steadyhelm.weights.named import named_weights
 from steadyhelm.weights.share import Share
 from steadyhelm.weights.transports import make_sync
@@ -98,6 +99,7 @@ class LearnerRank:
         self._weights = make_sync(
             run.weights, self._store, dtype=dtype, threads=run.runtime.threads, share=self._share, host=host
         )
+        self._mirror = Mirror()
         self._pristine = True
 
     def restore(self, record: CheckpointRecord | None) -> Served[None]:
@@ -130,7 +132,7 @@ class LearnerRank:
         Every rank puts its share.
         """
         with collect() as spans, span("learner", "publish"):
-            record = self._weights.publish(version, key, self._whole_weights(self._share.names), known)
+            record = self._weights.publish(version, key, self._published(), known)
         stored = self._spec.run.weights.type == "store"
         parts = record.objects if stored else self._share.layout.blocks  # in the store is only a notice of them
         size = float(sum(part.num_bytes for part in parts))
@@ -175,6 +177,15 @@ class LearnerRank:
             return None
         logits = run.learner.micro_batch * run.rollout.max_new_tokens * self._encoder.vocab_size * 4
         return max(1, -(-logits // LOGIT_BYTES))
+
+    def _published(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the weights, on the host until the next call; of a device's only what changed moves."""
+        weights = self._engine.weights(DTYPES[self._spec.run.model.dtype], self._share.names)
+        lent = self._engine.stage == 3
+        return {
+            name: self._mirror.host(name, tensor) if not tensor.is_cpu else tensor.clone() if lent else tensor
+            for name, tensor in weights
+        }
 
     def _whole_weights(self, names: Container[str]) -> dict[str, torch.Tensor]:
         """Those of the policy's weights, by the model's names; all ranks call it together."""
