@@ -6,8 +6,10 @@ PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
+# Tests of a tier whose tests disturb nobody, on two cores; files stay whole, as what is made once for a file is dear.
+SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 
-.PHONY: help setup train test test-charts test-cluster test-runs test-store test-engines engines images test-gpu check bench constraints clean
+.PHONY: help setup train test test-charts test-cluster test-images test-runs test-store test-engines engines images test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -28,16 +30,19 @@ train: setup ## the laptop R1-Reward run: SFT cold start, then StableReinforce (
 		--set model.path=runs/$(COLD_START)/model $(if $(ENGINE),--set rollout.engine.type=$(ENGINE))
 
 test: setup ## every test that needs nothing beyond PyPI
-	$(BIN)/pytest -m "not charts and not cluster and not engines and not gpu and not runs and not store" tests
+	$(BIN)/pytest -m "not charts and not cluster and not engines and not gpu and not images and not runs and not store" tests
 
 test-charts: setup ## the Helm charts, rendered by helm and judged by the schemas of Kubernetes and KubeRay (helm is built by Go where missing)
 	@.ci/helm >/dev/null || { echo "make test-charts: nothing was tested" >&2; exit 1; }
-	$(BIN)/pytest -m charts -rs tests/charts
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m charts -rs tests/charts
 
 test-cluster: setup ## the charts on a real Kubernetes: the one that KUBECONFIG names, or one of this machine's own (root, Go and Debian's packages)
 	@.ci/helm >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
 	@[ -n "$$KUBECONFIG" ] || { .ci/kubernetes && .ci/versitygw && .ci/node-images; } >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
-	$(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster tests/operator
+	STEADYHELM_KEEP_IMAGES=1 $(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster tests/operator
+
+test-images: setup ## the Dockerfiles' pins, by the package index; and the images that run without a GPU, built and run (root, buildah)
+	$(BIN)/pytest -m images -rs tests/docker
 
 test-runs: setup ## whole runs over real Ray, killed and resumed
 	$(BIN)/pytest -m runs tests

@@ -1,23 +1,30 @@
 # The operator of TrainingRuns: neither Ray nor torch.
 ARG BASE=python:3.11-slim-bookworm
 
+FROM ${BASE} AS requirements
+WORKDIR /build
+COPY docker/requirements pyproject.toml ./
+RUN ./requirements operator >requirements.txt
+
 FROM ${BASE} AS environment
 ARG PACKAGE_INDEX
 WORKDIR /build
-COPY docker/environment pyproject.toml constraints.txt ./
+COPY docker/environment constraints.txt ./
+COPY --from=requirements /build/requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/venv --constraint constraints.txt \
-      --requirement pyproject.toml --extra operator \
+      --requirement requirements.txt \
     && echo /opt/steadyhelm/code >/opt/steadyhelm/venv/lib/python3.11/site-packages/code.pth
 
 FROM environment AS code
-COPY README.md LICENSE ./
+COPY README.md LICENSE pyproject.toml ./
 COPY system system
 COPY operators operators
 RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/code --no-deps .
 
 FROM ${BASE}
 RUN --mount=type=bind,source=docker/runtime,target=/build/runtime /build/runtime
-COPY --from=environment /opt/steadyhelm/venv /opt/steadyhelm/venv
+RUN --mount=type=bind,from=environment,source=/opt/steadyhelm/venv,target=/build/venv \
+    mkdir /opt/steadyhelm && cp --archive /build/venv /opt/steadyhelm/venv
 ENV PATH=/opt/steadyhelm/code/bin:/opt/steadyhelm/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /tmp

@@ -4,6 +4,7 @@ That public names are documented and annotated is ruff's and mypy's; who imports
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,10 @@ def is_broad(handler: ast.ExceptHandler) -> bool:
 def raises_again(handler: ast.ExceptHandler) -> bool:
     last = handler.body[-1]
     return isinstance(last, ast.Raise) and last.exc is None
+
+
+def test_every_tier_of_tests_that_needs_no_gpu_runs_in_ci():
+    tiers = set(re.findall(r"^(test[a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"test-gpu"}
+    steps = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if not line.startswith("#")]
+    run = set(re.findall(r"\btest(?:-[a-z]+)?\b", "\n".join(steps)))
+    assert tiers - {"test-cluster"} <= run
