@@ -58,6 +58,12 @@ INFRASTRUCTURE = frozenset({"NoCapacity", "ClusterUnreachable", "StoreUnreachabl
 """Reasons that are none of the run's doing; such an attempt is lost and does not count."""
 EXIT_WRONG_INPUT = 2
 """Exit code of ``steadyhelm run`` where what was given is wrong."""
+STOPPED = {
+    "Suspended": "the run was suspended",
+    "RunFileChanged": "the run file has changed",
+    "Deleted": "the TrainingRun was deleted",
+}
+"""Why the operator stops a driver, in words."""
 
 
 def reconcile(desired: Desired, raw: Mapping[str, Any], seen: Observed, now: datetime, jitter: float) -> Decision:
@@ -221,7 +227,8 @@ class _Look:
         """Writes down that the newest attempt has ended, and when the next may begin."""
         last = self.status.attempts[-1]
         if last.stopping and outcome != "Succeeded":
-            outcome, reason, message = "Stopped", last.stopping, message
+            message = STOPPED.get(last.stopping, message) if reason == "Interrupted" else message
+            outcome, reason = "Stopped", last.stopping
         self.attempt(ended_at=stamp(self.now), outcome=outcome, reason=reason, message=message)
         went_on = self.status.iteration > last.from_iteration
         failures = (0 if went_on else self.status.failures) + (outcome == "Failed")
@@ -385,10 +392,12 @@ class _Look:
         return self.say("Running" if running else "Starting", reason, text, POLL_S if running else SOON_S)
 
     def silence(self) -> str:
-        """What an unreachable head means."""
+        """What an unreachable head means, and what to do."""
         head = self.seen.head
-        why = head.problem if head is not None and head.problem else "its pod is not ready"
-        return f"the head does not answer ({why}); KubeRay replaces a lost head, then the run goes on"
+        if head is None or not head.problem:
+            return "the head's pod is not ready; KubeRay replaces a lost head, then the run goes on"
+        remedy = "networkPolicy.apiFrom of the cluster's chart has to name the operator's namespace"
+        return f"the head does not answer, though its pod is ready ({head.problem}): see its log; {remedy}"
 
     def worst(self, reason: str, text: str) -> tuple[str, str]:
         """What is wrong with pods, if anything is; else what is given."""
@@ -537,6 +546,8 @@ def changes(old: Status, new: Status) -> tuple[Notice, ...]:
             then = f" Next attempt at {new.retry_at}." if counted and new.retry_at and not new.gave_up else ""
             if attempt.outcome == "Failed":  # the head is there, and has its log
                 then += f" `steadyhelm logs {attempt.submission_id}` has its log."
+            if new.gave_up:
+                then += " The run is given up: correct it, or suspend and resume it, for another try."
             found.append(Notice(warning=counted, reason=attempt.reason or attempt.outcome, message=text + then))
     if new.phase != old.phase or (new.reason != old.reason and new.phase in _TELLING):
         text = f"{new.phase}: {new.message}" if new.message else f"{new.phase}."

@@ -1,5 +1,6 @@
 """What the operator decides: each phase against what it may see, told as short stories in a small world."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -280,6 +281,61 @@ def test_a_driver_that_was_killed_is_told_by_its_signal_and_not_by_the_end_of_it
     assert world.status.attempts[-1].message == "the driver was killed (SIGKILL)"
 
 
+def ended(status: str, code: int | None, **spec: Any) -> World:
+    world = running(shared(**spec))
+    world.driver_ends(status, code, "last line")
+    return world
+
+
+def silent() -> World:
+    world = running(own())
+    world.reachable = False
+    return world
+
+
+def headless() -> World:
+    world = running(own())
+    world.lose_head()
+    return world
+
+
+def abandoned() -> World:
+    world = running(shared(cleanup={"stopGraceSeconds": 0}))
+    world.reachable = False
+    world.delete()
+    return world
+
+
+def taken() -> World:
+    world = own()
+    world.make_cluster()
+    return world
+
+
+REMEDIES = {
+    "no cluster": (World, "ClusterMissing", "install one"),
+    "a name that is taken": (taken, "NameTaken", "rename the TrainingRun"),
+    "a wrong run file": (lambda: World(run=run_file(learner={"train_batch": 10_000})), "BadRunFile", "lower it"),
+    "a driver that fails": (lambda: ended("FAILED", 1), "DriverFailed", "`steadyhelm logs digits.uidofdig.1`"),
+    "a driver that is killed": (lambda: ended("FAILED", 137), "DriverKilled", "was killed (SIGKILL)"),
+    "the last failure": (
+        lambda: ended("FAILED", 1, failurePolicy={"maxAttempts": 1}), "DriverFailed", "suspend and resume it"
+    ),
+    "a head that is lost": (headless, "HeadUnreachable", "KubeRay replaces a lost head"),
+    "a head that is silent": (silent, "HeadUnreachable", "networkPolicy.apiFrom"),
+    "a driver that cannot be stopped": (abandoned, "GaveUpStopping", "stop its job"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "reason", "words"), REMEDIES.values(), ids=REMEDIES)
+def test_a_warning_says_what_to_do(made: Callable[[], World], reason: str, words: str):
+    world = made()
+    for _ in range(3):
+        world.look()
+    warnings = [notice for decision in world.decisions for notice in decision.notices if notice.warning]
+    assert [(notice.reason, words in notice.message) for notice in warnings] == [(reason, True)]
+
+
 def test_what_is_wrong_with_the_input_is_not_tried_again():
     world = running(shared())
     world.say("failed", reason="BadData", message="record 7 has no label")
@@ -421,6 +477,14 @@ def test_suspending_stops_the_driver_first_and_then_the_pods():
     world.settle()
     assert (world.status.phase, world.status.message) == ("Suspended", "resumes behind iteration 9")
     assert (world.status.last.outcome, world.status.failures, world.cluster["suspended"]) == ("Stopped", 0, True)
+
+
+def test_an_attempt_that_the_operator_stops_says_why():
+    world = running(own())
+    world.change(suspend=True)
+    world.settle()
+    (first,) = world.status.attempts
+    assert (first.outcome, first.reason, first.message) == ("Stopped", "Suspended", "the run was suspended")
 
 
 def test_a_resumed_run_goes_on_where_it_was():
