@@ -359,12 +359,14 @@ def test_an_operator_that_does_not_get_on_fails_its_probe(place: Place, monkeypa
 def test_suspended_and_resumed_on_the_same_cluster(place: Place):
     place.create("rests")
     place.phase("rests", "Running")
+    place.heads.head("ns", "rests").iteration = 12
     place.change("rests", suspend=True)
     place.phase("rests", "Suspended")
     assert place.heads.live("ns", "rests") == []
     assert place.admin.get(f"{CLUSTERS}/rests")["spec"]["suspend"] is True
     place.change("rests", suspend=False)
     status = place.until("rests", lambda status: status["phase"] == "Running" and status["attempt"] == 2)
+    assert (status["progress"], status["attempts"][1]["fromIteration"]) == ("12/60", 12)
     assert (status["failures"], len(place.heads.live("ns", "rests"))) == (0, 1)
 
 
