@@ -37,13 +37,16 @@ from table import Row, main
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 RUNS = "/apis/steadyhelm.dev/v1alpha1/namespaces/default/trainingruns"
 CLUSTERS = "/apis/ray.io/v1/namespaces/default/rayclusters"
+PLACE_OF_PODS = "/api/v1/namespaces/default/pods"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 HEADS = ("jobs", "packages", "status")
 """Resources of requests that go to heads, not to Kubernetes."""
 KINDS = ("trainingruns", "rayclusters", "customresourcedefinitions")
 """What the operator watches; each is listed once, when it begins."""
-DEADLINE_S = 900.0
+DEADLINE_S = 120.0
+"""For a few runs to run, and to be gone; each takes ``EACH_S`` more."""
+EACH_S = 0.5
 ITERATION_S = 5.0
 """Of the runs, once all of them run: figures change more often than they are written."""
 OPEN = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
@@ -126,14 +129,13 @@ def training_run(name: str) -> dict[str, Any]:
     }
 
 
-def until(holds: Callable[[], bool], what: str, seconds: float = DEADLINE_S) -> float:
-    """Waits, and returns how many seconds it took. Raises SystemExit past the deadline."""
-    began = time.monotonic()
+def until(holds: Callable[[], bool], what: str, seconds: float, told: Callable[[], object] = str) -> None:
+    """Waits. Raises SystemExit past the deadline, with what ``told`` tells."""
+    ends = time.monotonic() + seconds
     while not holds():
-        if time.monotonic() - began > seconds:
-            raise SystemExit(f"not within {seconds:g} s: {what}")
+        if time.monotonic() > ends:
+            raise SystemExit(f"not within {seconds:g} s: {what} {told()}")
         time.sleep(0.25)
-    return time.monotonic() - began
 
 
 class Operator:
@@ -257,7 +259,8 @@ def cost(folder: Path, number: int, settle_s: float, steady_s: float) -> Cost:
         until(lambda: lists(admin) - read >= len(KINDS), "the operator watches", 60)
         before, cpu, began = its.requests(), cpu_s(), time.monotonic()
         each_of(number, admin, "POST")
-        until(lambda: its.runs("Running") == number, f"all runs run; {kuberay.faults[:3]}")
+        deadline = DEADLINE_S + EACH_S * number
+        until(lambda: its.runs("Running") == number, "all runs run", deadline, lambda: kuberay.faults[:3])
         seconds, used = time.monotonic() - began, cpu_s()
         spent = {name: used[name] - cpu[name] for name in cpu}
         running = its.requests() - before
@@ -270,7 +273,7 @@ def cost(folder: Path, number: int, settle_s: float, steady_s: float) -> Cost:
         steady, read = its.requests() - before, lists(admin) - read
         then = time.monotonic()
         each_of(number, admin, "DELETE")
-        until(lambda: its.runs() + kuberay.clusters + kuberay.pods == 0, "all runs, clusters and pods are gone")
+        until(lambda: not any(map(admin.first, (RUNS, CLUSTERS, PLACE_OF_PODS))), "nothing is left", deadline)
         return Cost(
             runs=number,
             seconds=seconds,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,7 +31,7 @@ class KubeRay:
         namespace: whose RayClusters are looked after.
 
     Attributes:
-        pods, clusters: how many there are.
+        faults: what the API server refused.
     """
 
     def __init__(self, admin: Api, namespace: str = "default") -> None:
@@ -42,48 +42,40 @@ class KubeRay:
         self._made: set[str] = set()
         self._ready: dict[str, set[str]] = defaultdict(set)
         self._told: dict[str, int] = {}
-        self._names: dict[str, set[str]] = {"pods": set(), "clusters": set()}
+        self._over = threading.Event()
+        self._answers: dict[str, urllib3.BaseHTTPResponse] = {}
         self.faults: list[str] = []
-
-    @property
-    def pods(self) -> int:
-        """Pods that there are."""
-        return len(self._names["pods"])
-
-    @property
-    def clusters(self) -> int:
-        """RayClusters that there are."""
-        return len(self._names["clusters"])
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Works while the context lasts."""
-        watches = [
-            (self._admin.watch(self._clusters), "clusters", self._cluster),
-            (self._admin.watch(f"{self._pods}?labelSelector=ray.io%2Fcluster"), "pods", self._pod),
-        ]
+        watches = [("clusters", self._clusters, self._cluster), ("pods", self._pods, self._pod)]
         threads = [threading.Thread(target=self._follow, args=watch, daemon=True) for watch in watches]
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
-            for answer, *_ in watches:
+            self._over.set()
+            for answer in self._answers.values():
                 answer.shutdown()
             for thread in threads:
                 thread.join(timeout=10)
             self._hands.shutdown(cancel_futures=True)
 
-    def _follow(self, answer: urllib3.BaseHTTPResponse, kind: str, handle: Any) -> None:
-        with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
-            for line in answer:
-                event = json.loads(line)
-                body, name = event["object"], event["object"]["metadata"]["name"]
-                if event["type"] == "DELETED":
-                    self._names[kind].discard(name)
-                else:
-                    self._names[kind].add(name)
-                    handle(name, body)
+    def _follow(self, kind: str, path: str, handle: Callable[[str, Manifest], None]) -> None:
+        """Watches, anew where a watch ends or breaks: each begins with all that there is."""
+        while not self._over.is_set():
+            with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
+                self._answers[kind] = self._admin.watch(path)
+                for line in self._answers[kind]:
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        self.faults.append(str(event["object"].get("message")))
+                        break
+                    if event["type"] != "DELETED":
+                        handle(event["object"]["metadata"]["name"], event["object"])
+            self._over.wait(0.2)
 
     def _cluster(self, name: str, body: Manifest) -> None:
         if name in self._made or "deletionTimestamp" in body["metadata"]:
@@ -96,7 +88,7 @@ class KubeRay:
         conditions = (body.get("status") or {}).get("conditions") or ()
         if not any(found["type"] == "Ready" and found["status"] == "True" for found in conditions):
             return
-        cluster = body["metadata"]["labels"]["ray.io/cluster"]
+        cluster = name.rpartition("-")[0]
         ready = self._ready[cluster]
         ready.add(name)
         status = READY if len(ready) > WORKERS else _HEAD_READY if f"{cluster}-0" in ready else None

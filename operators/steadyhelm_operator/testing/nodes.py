@@ -103,12 +103,13 @@ def nodes(programs: Path, kwok: Path, admin: Api, folder: Path, number: int) -> 
         "kube-controller-manager": [
             programs / "kube-controller-manager", f"--kubeconfig={kubeconfig}", "--leader-elect=false",
             "--secure-port=0", f"--service-account-private-key-file={folder / 'accounts.key'}", "--kube-api-qps=500",
-            "--kube-api-burst=1000", "--concurrent-gc-syncs=20", "--node-monitor-grace-period=300s",
+            "--kube-api-burst=1000", "--concurrent-gc-syncs=20", "--node-monitor-grace-period=120s",
             f"--flex-volume-plugin-dir={folder / 'volume-plugins'}", f"--cert-dir={folder / 'certificates'}",
         ],
         "kube-scheduler": [programs / "kube-scheduler", f"--config={scheduler}", "--secure-port=0"],
         "kwok": [
             kwok, f"--kubeconfig={kubeconfig}", f"--config={stages}", "--node-port=0",
+            "--node-lease-duration-seconds=40",  # without leases the controllers take the nodes for lost after a while
             f"--manage-nodes-with-annotation-selector={PLAYED}=fake",
         ],
     }  # fmt: skip

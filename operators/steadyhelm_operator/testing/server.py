@@ -52,6 +52,11 @@ class Api:
         found: dict[str, Any] = answer
         return found
 
+    def first(self, path: str) -> list[dict[str, Any]]:
+        """One object of a collection, or none where it is empty."""
+        found: list[dict[str, Any]] = self.must("GET", f"{path}?limit=1")["items"]
+        return found
+
     def watch(self, path: str) -> urllib3.BaseHTTPResponse:
         """The lines of a watch, which begins with what is there; ends with ``shutdown``, or after an hour."""
         mark = "&" if "?" in path else "?"
