@@ -84,20 +84,32 @@ def test_helms_own_test_trains_an_iteration(kubernetes: Kubernetes, release: str
     assert "Succeeded" in said
 
 
-def test_a_submitted_run_trains_outlives_its_rollout_pod_and_stops(
-    kubernetes: Kubernetes, release: str, tmp_path: Path
-):
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
+    """The command that submits the digits run."""
+    folder = tmp_path_factory.mktemp("story")
     for code in CODE:
-        shutil.copy(WORKLOAD / code, tmp_path)
-    file = tmp_path / "story.yaml"
+        shutil.copy(WORKLOAD / code, folder)
+    file = folder / "story.yaml"
     file.write_text(yaml.safe_dump(digits_run(iterations=5000)))
+    return "submit", file, "--id", STORY, "--detach"
+
+
+def newest(kubernetes: Kubernetes) -> dict[str, Any]:
+    """The story's newest job, as ``steadyhelm list`` has it."""
+    (found,) = (job for job in json.loads(steadyhelm(kubernetes, "list", "--json")) if job["metadata"]["run"] == STORY)
+    return dict(found)
+
+
+def test_a_submitted_run_trains_and_outlives_its_rollout_pod(
+    kubernetes: Kubernetes, release: str, story: tuple[str | Path, ...]
+):
     kubernetes.until(lambda: api_answers(kubernetes), "the Ray API answers", seconds=120, namespace=NAMESPACE)
-    again = ("submit", file, "--id", STORY, "--detach")
-    steadyhelm(kubernetes, *again)
+    steadyhelm(kubernetes, *story)
     reached(kubernetes, iteration=2)
-    steadyhelm(kubernetes, *again)  # finds the job that is there
-    (listed,) = json.loads(steadyhelm(kubernetes, "list", "--json"))[-1:]
-    assert (listed["submission_id"], listed["status"]) == (f"{STORY}.1", "RUNNING")
+    steadyhelm(kubernetes, *story)  # finds the job that is there
+    job = newest(kubernetes)
+    assert (job["submission_id"], job["status"]) == (f"{STORY}.1", "RUNNING")
 
     replaced(kubernetes, "rollout")
     so_far = reached(kubernetes, iteration=2)
@@ -105,10 +117,20 @@ def test_a_submitted_run_trains_outlives_its_rollout_pod_and_stops(
     assert (on["attempt"], on["losses"]) == (1, 1), "the driver has replaced the engine by itself"
     assert on["lost"].startswith("rollout 0 is lost")
 
+
+def test_behind_a_lost_head_the_same_command_goes_on_with_the_run(
+    kubernetes: Kubernetes, release: str, story: tuple[str | Path, ...]
+):
+    before = reached(kubernetes, iteration=1)
+    replaced(kubernetes, "headgroup")
+    kubernetes.until(lambda: api_answers(kubernetes), "the Ray API answers", seconds=120, namespace=NAMESPACE)
+    steadyhelm(kubernetes, *story)
+    on = reached(kubernetes, iteration=before["iteration"] + 2)
+    assert on["attempt"] == 2
+
     steadyhelm(kubernetes, "stop", STORY, seconds=200)
-    (job,) = json.loads(steadyhelm(kubernetes, "list", "--json"))[-1:]
-    assert job["status"] == "STOPPED"
+    assert newest(kubernetes)["status"] == "STOPPED"
     left = lineage(kubernetes, STORY, digits_records())
     left.check()
-    assert (left.attempts, left.finished) == (("start",), False)
+    assert (left.attempts, left.finished) == (("start", "resume"), False)
     assert left.iterations >= on["iteration"]

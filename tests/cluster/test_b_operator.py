@@ -47,7 +47,7 @@ def test_a_training_run_goes_on_with_the_run_that_was_submitted(kubernetes: Kube
     begun = until(kubernetes, STORY, "it is at work", lambda said: said["phase"] == "Running" and said["iteration"] > 0)
     assert begun["iterations"] == 5000
     on = goes_on(kubernetes, STORY, attempt=1)
-    assert on["policyVersion"].endswith(".2"), "the second attempt at the run in the store"
+    assert on["policyVersion"].endswith(".3"), "the third attempt at the run in the store"
     assert (on["engines"], on["cluster"]) == ("1/1", RELEASE)
 
 
