@@ -24,6 +24,8 @@ ADDRESS = "STEADYHELM_STATUS_ADDRESS"
 """Environment variable: ``host:port`` where a driver serves its status; none is served where it is not set."""
 NO_CAPACITY = "NoCapacity"
 """The reason where an actor finds no place in the cluster."""
+AGAIN_S = 10.0
+"""Seconds to the next try where somebody else has the port."""
 LOST_CHARACTERS = 300
 """Most of a loss that the document tells: Ray's words about it may fill a page."""
 LONG_S = 30.0
@@ -105,12 +107,12 @@ class StatusBoard:
 
 
 @contextmanager
-def served(board: StatusBoard, tell: EventSink) -> Iterator[EventSink]:
+def served(board: StatusBoard, tell: EventSink, again_s: float = AGAIN_S) -> Iterator[EventSink]:
     """Yields ``tell`` with ``board`` behind it, served at the address that the environment names.
 
-    A port that is taken is a notice: several runs share a head.
+    A port that is taken is a notice, and is tried again every ``again_s`` seconds: several runs share a head.
     """
-    stop = _serve(board, tell)
+    stop = _serve(board, tell, again_s)
 
     def told(event: Event) -> None:
         board.take(event)
@@ -125,16 +127,38 @@ def served(board: StatusBoard, tell: EventSink) -> Iterator[EventSink]:
         stop()
 
 
-def _serve(board: StatusBoard, tell: EventSink) -> Callable[[], None]:
+def _serve(board: StatusBoard, tell: EventSink, again_s: float) -> Callable[[], None]:
     host, _, port = os.environ.get(ADDRESS, "").rpartition(":")
     if not port:
         return lambda: None
-    try:
-        _, stop = serve_status(board.document, host.strip("[]"), int(port), api_token(os.environ))
-    except (OSError, OverflowError, ValueError) as error:
+    stops: list[Callable[[], None]] = []
+
+    def begin() -> Exception | None:
+        try:
+            stops.append(serve_status(board.document, host.strip("[]"), int(port), api_token(os.environ))[1])
+        except (OSError, OverflowError, ValueError) as error:
+            return error
+        return None
+
+    def try_again() -> None:
+        while not over.wait(again_s) and begin() is not None:
+            pass
+
+    over, waiting = threading.Event(), threading.Thread(target=try_again, name="status", daemon=True)
+    if (error := begin()) is not None:
         text = f"Nobody can ask for this run's status: {ADDRESS} {host}:{port} cannot be opened ({error})."
+        if isinstance(error, OSError):
+            text += f" It is tried again every {again_s:g} s."
+            waiting.start()
         tell(Notice(text=text, level="warning"))
-        return lambda: None
+
+    def stop() -> None:
+        over.set()
+        if waiting.is_alive():
+            waiting.join()
+        for each in stops:
+            each()
+
     return stop
 
 

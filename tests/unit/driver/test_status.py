@@ -3,8 +3,10 @@
 import errno
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,17 @@ def ask(port: int, token: str = "", path: str = "/status", header: str = "Author
         urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers), timeout=5
     ) as a:
         return json.loads(a.read())
+
+
+def asked_until_it_answers(port: int) -> dict[str, object]:
+    ends = time.monotonic() + 20
+    while True:
+        try:
+            return ask(port)
+        except urllib.error.URLError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
 
 
 class TestTheDocument:
@@ -179,6 +192,17 @@ class TestServing:
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         with served(StatusBoard(), lambda event: None):
             assert ask(port)["phase"] == "starting"
+
+    def test_a_port_that_becomes_free_is_taken(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        with ExitStack() as stack:
+            with socket.create_server(("127.0.0.1", 0)) as first:
+                port = first.getsockname()[1]
+                monkeypatch.setenv(ADDRESS, f"127.0.0.1:{port}")
+                tell = stack.enter_context(served(StatusBoard(), lambda event: None, again_s=0.05))
+            tell(RunStarted(run="second", iterations=3))
+            assert asked_until_it_answers(port)["run"] == "second"
 
     @pytest.mark.parametrize("address", ["127.0.0.1:{taken}", "127.0.0.1:http", "nowhere.invalid:1", "127.0.0.1:70000"])
     def test_where_it_cannot_be_served_the_run_goes_on(self, address: str, monkeypatch: pytest.MonkeyPatch):
