@@ -15,7 +15,7 @@ from steadyhelm_operator.testing.server import ended
 from tests.cluster.api import Api, ApiError
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.node.machine import NoNodeError, node
-from tests.cluster.release import CHART, NAMESPACE, OPERATOR_CHART, OPERATOR_NAMESPACE, RELEASE, ROOT
+from tests.cluster.release import CHART, NAMESPACE, OPERATOR_CHART, OPERATOR_NAMESPACE, RELEASE, ROOT, S3_PORT
 from tests.programs import fetched
 
 KEEP = "STEADYHELM_KEEP_RELEASE" in os.environ
@@ -92,7 +92,10 @@ def release(kubernetes: Kubernetes, kuberay: str, images: dict[str, object]) -> 
     """The chart's smallest example in a namespace that takes *restricted* pods alone; tells who is KubeRay."""
     with _namespace(kubernetes, NAMESPACE):
         values = kubernetes.folder / "values.yaml"
-        values.write_text(yaml.safe_dump(images | {"networkPolicy": {"apiFrom": [OPERATOR_NAMESPACE]}}))
+        # The tests' own S3 servers are none that the chart knows of.
+        egress = [{"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"], "ports": [443, S3_PORT]}]
+        network = {"networkPolicy": {"apiFrom": [OPERATOR_NAMESPACE], "egress": egress}}
+        values.write_text(yaml.safe_dump(images | network))
         files = ["--values", CHART / "examples" / "small-cpu.yaml", "--values", values]
         kubernetes.run("helm", "upgrade", "--install", RELEASE, CHART, "--namespace", NAMESPACE, *files)
         yield kuberay

@@ -17,7 +17,8 @@ NAMESPACE, RELEASE = "rl-tests", "rl"
 OPERATOR_NAMESPACE = "operator-tests"
 HEAD = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-head-svc:8265/proxy"
 DRIVER = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-head-svc:8266/proxy"
-STORE = f"s3://steadyhelm/runs?endpoint=http://{RELEASE}-s3.{NAMESPACE}.svc:7070"
+S3_PORT = 7070
+STORE = f"s3://steadyhelm/runs?endpoint=http://{RELEASE}-s3.{NAMESPACE}.svc:{S3_PORT}"
 
 
 def smoke_run(name: str, iterations: int) -> Manifest:

@@ -2,10 +2,9 @@
 
 from tests.cluster.api import Manifest
 from tests.cluster.kubernetes import Kubernetes, running
-from tests.cluster.release import NAMESPACE, RELEASE
+from tests.cluster.release import NAMESPACE, RELEASE, S3_PORT
 
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
-PORT = 7070
 
 
 def strange_store(kubernetes: Kubernetes, name: str, *, full: bool = False, stranger: bool = False) -> str:
@@ -42,7 +41,7 @@ def strange_store(kubernetes: Kubernetes, name: str, *, full: bool = False, stra
         return str(found["status"]["podIP"]) if found and running(found) else ""
 
     where = kubernetes.until(address, f"{name} serves", seconds=60, namespace=NAMESPACE)
-    return f"s3://steadyhelm/runs?endpoint=http://{where}:{PORT}"
+    return f"s3://steadyhelm/runs?endpoint=http://{where}:{S3_PORT}"
 
 
 def _key(variable: str, secret: str, key: str) -> Manifest:
