@@ -28,6 +28,8 @@ class _ServerEngine(Part):
     python: str = ""
     """Interpreter of the environment that the server and ``engines/plugin`` are installed in. Empty takes the one that
     the variable ``STEADYHELM_VLLM_PYTHON`` or ``STEADYHELM_SGLANG_PYTHON`` names, or that ``make engines`` made."""
+    tensor_parallel_size: Count = 1
+    """GPUs that each server cuts the model over; set ``runtime.gpus_per_engine`` to as many."""
     args: tuple[str, ...] = ()
     """Further command-line arguments of the server, behind ours."""
     environment: Mapping[str, str] = {}

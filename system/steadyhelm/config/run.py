@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from steadyhelm.config.algorithm import GROUPED, Algorithm, PolicyGradient, Sft, StableReinforce
 from steadyhelm.config.base import CodeRef, Count, Part, Seconds
-from steadyhelm.config.engine import Engine, ExternalEngine, TransformersEngine
+from steadyhelm.config.engine import Engine, ExternalEngine, SglangEngine, TransformersEngine, VllmEngine
 from steadyhelm.config.place import parse_place
 from steadyhelm.config.reward import Reward
 from steadyhelm.config.scaling import Scaling
@@ -344,6 +344,16 @@ class RunFile(Part):
             raise ValueError(
                 f"schedule.eval_every is {self.schedule.eval_every}, but there are no held-out pairs: name them in "
                 "data.eval, or set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_for_each_part(self) -> Self:
+        engine, gpus = self.rollout.engine, self.runtime.gpus_per_engine
+        if isinstance(engine, VllmEngine | SglangEngine) and 0 < gpus < engine.tensor_parallel_size:
+            raise ValueError(
+                f"rollout.engine.tensor_parallel_size is {engine.tensor_parallel_size}, but a rollout actor has "
+                f"{gpus:g} GPUs (runtime.gpus_per_engine): set both to the same number"
             )
         return self
 

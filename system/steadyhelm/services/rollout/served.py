@@ -67,8 +67,8 @@ class ServerSpec:
     """What a server is started with.
 
     ``python`` is the interpreter of the server's own environment, ``folder`` the model folder, ``device`` ``"cpu"`` or
-    ``"cuda"``, ``max_tokens`` the longest prompt and completion together; ``args`` and ``environment`` are the run
-    file's, on top of what we set.
+    ``"cuda"``, ``max_tokens`` the longest prompt and completion together, ``parts`` how many devices the model is cut
+    over; ``args`` and ``environment`` are the run file's, on top of what we set.
 
     Example: ``ServerSpec(python="python3", folder="runs/digits-sft/model", dtype="float32", device="cpu",
     max_tokens=104, min_pixels=3136, max_pixels=100352, sees_images=True)``
@@ -83,6 +83,7 @@ class ServerSpec:
     max_pixels: int
     sees_images: bool
     trust_remote_code: bool = False
+    parts: int = 1
     args: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

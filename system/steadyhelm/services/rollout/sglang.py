@@ -33,6 +33,7 @@ def sglang_plan(spec: ServerSpec) -> Plan:
             "--host": HOST,
             "--port": str(port),
             "--dtype": spec.dtype,
+            "--tp-size": str(spec.parts),
             "--context-length": str(spec.max_tokens),
             "--sampling-defaults": "openai",  # not the folder's: it may bring top_k and penalties
             "--log-level": "warning",

@@ -26,6 +26,7 @@ def vllm_plan(spec: ServerSpec) -> Plan:
             "--host": HOST,
             "--port": str(port),
             "--dtype": spec.dtype,
+            "--tensor-parallel-size": str(spec.parts),
             "--max-model-len": str(spec.max_tokens),
             "--generation-config": "vllm",  # not the folder's: it may bring top_k and penalties
             "--logprobs-mode": "processed_logprobs",  # of the distribution that is sampled

@@ -189,6 +189,7 @@ def _server_spec(spec: RolloutSpec, engine: VllmEngine | SglangEngine, encoder: 
         max_pixels=spec.data.max_pixels,
         sees_images=encoder.image_id is not None,
         trust_remote_code=spec.model.trust_remote_code,
+        parts=engine.tensor_parallel_size,
         args=engine.args,
         environment=engine.environment,
     )
