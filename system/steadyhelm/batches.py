@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from steadyhelm.config import RunFile
 from steadyhelm.data.types import BatchManifest, PolicyVersion, Prompt, PromptId, Sampling, ShardRecord, Span
 from steadyhelm.errors import DataError, FatalError, UnscoredError
-from steadyhelm.services import PromptSource, Reference, Reward, Rollout, Served, ShardOrder
+from steadyhelm.services import Coming, Learner, PromptSource, Reference, Reward, Rollout, Served, ShardOrder
 from steadyhelm.services.concurrency import together
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.ledger import OUTCOMES, TRAINED
@@ -49,6 +49,10 @@ class BatchServices(Protocol):
     @property
     def rollout(self) -> Rollout:
         """Who samples completions."""
+
+    @property
+    def learner(self) -> Learner:
+        """Who is told what the batch will need."""
 
     @property
     def reward(self) -> Reward | None:
@@ -105,6 +109,8 @@ class BatchMaker:
     async def _make(self, iteration: int) -> Batch:
         prompts = await self._services.prompts.prompts(iteration)
         issued: list[Prompt] = list(prompts.value)
+        images = tuple(dict.fromkeys(image for prompt in issued for image in prompt.images))
+        self._services.learner.expect(Coming(iteration=iteration, images=images))
         groups = {prompt.prompt_id: prompt.group_id for prompt in issued}
         outcomes: dict[PromptId, str] = {}
         served: list[Served[ShardRecord]] = []
@@ -190,12 +196,13 @@ class BatchMaker:
             )
             for n, start in enumerate(range(0, len(prompts), size))
         ]
-        return await together([self._shard(order) for order in orders])
+        return await together([self._shard(iteration, order) for order in orders])
 
-    async def _shard(self, order: ShardOrder) -> Served[ShardRecord]:
+    async def _shard(self, iteration: int, order: ShardOrder) -> Served[ShardRecord]:
         """Rolls one shard out and has it scored, reference and reward at the same time."""
         rolled = await self._services.rollout.rollout(order)
         record, spans, metrics = rolled.value, [*rolled.spans], dict(rolled.metrics)
+        self._services.learner.expect(Coming(iteration=iteration, objects=(record.rollout,)))
         calls: list[Coroutine[Any, Any, Served[Any]]] = []
         if self._services.reward is not None:
             calls.append(self._services.reward.score(record))
@@ -212,6 +219,9 @@ class BatchMaker:
             record = replace(record, valid=(True,) * len(record.prompt_ids))
         if self._services.reference is not None:
             record = replace(record, reference=answers[-1].value)
+        scores = tuple(ref for ref in (record.reward, record.reference) if ref is not None)
+        if scores:
+            self._services.learner.expect(Coming(iteration=iteration, objects=scores))
         return Served(value=record, spans=tuple(spans), metrics=metrics)
 
     def _outcomes(self, shards: Sequence[ShardRecord], prompts: Sequence[Prompt]) -> dict[PromptId, str]:

@@ -106,11 +106,12 @@ class PromptEncoder:
         """Whether all of them are prepared already."""
         return self._images is None or self._images.keeps(images)
 
-    def keep(self, images: Iterable[ImageKey]) -> None:
-        """Prepares images ahead of their use, where the model has any. Raises DataError as ``image`` does."""
-        if self._images is not None:
-            for image in images:
-                self._images.keep(image)
+    def keep(self, images: Iterable[ImageKey]) -> int:
+        """Prepares images ahead of their use, where the model has any; returns the bytes that new ones take.
+
+        Raises DataError as ``image`` does.
+        """
+        return 0 if self._images is None else sum(map(self._images.keep, images))
 
     def picture(self, image: ImageKey) -> bytes:
         """The image as a PNG that engines need not resize, see ``ImageCache.picture``. Raises DataError."""

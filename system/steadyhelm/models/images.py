@@ -144,10 +144,17 @@ class ImageCache:
         with self._lock:
             return all(image in self._kept for image in images)
 
-    def keep(self, image: ImageKey) -> None:
-        """Prepares the image so that the next ``get`` finds it. Raises DataError, and what ``fetch`` raises."""
-        if not self.keeps((image,)):
-            self.get(image)
+    def keep(self, image: ImageKey) -> int:
+        """Prepares the image so that the next ``get`` finds it. Raises DataError, and what ``fetch`` raises.
+
+        Returns the bytes that it takes; 0 where it was prepared before, or is too large to be kept.
+        """
+        if self.keeps((image,)):
+            return 0
+        self.get(image)
+        with self._lock:
+            kept = self._kept.get(image)
+        return 0 if kept is None else kept.pixels.nbytes
 
     def picture(self, image: ImageKey) -> bytes:
         """The image as the vision tower sees it, before it is cut into patches: a PNG in RGB of the prepared size.

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,9 @@ from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, Po
 from steadyhelm.errors import FatalError, LearnerLostError
 from steadyhelm.runtime import process_group
 from steadyhelm.runtime.calls import answer
-from steadyhelm.runtime.mailbox import Command, Mailbox, Outcome
+from steadyhelm.runtime.mailbox import STOP, Command, Expected, Mailbox, Outcome
 from steadyhelm.runtime.placement import HEAD, asked, place, placed, ranks_lack
-from steadyhelm.services import Served
+from steadyhelm.services import Coming, Served
 from steadyhelm.telemetry import EventSink, Notice, ServiceState
 
 RankFactory = Callable[[int, int], Any]
@@ -92,6 +93,10 @@ class LearnerGroup:
         self._tell(ServiceState(service="learner", state="starts", since_s=time.monotonic(), lacks=lacks))
         text = f"the learner finds no room: {lacks}" if lacks else "the learner has room"
         self._tell(Notice(text=text, level="warning" if lacks else "info"))
+
+    def expect(self, coming: Coming) -> None:
+        """See ``services.Learner``. Nobody awaits an answer: a mailbox that is gone fails the next call."""
+        self._mailbox.expect.remote(coming)
 
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """See ``services.Learner``."""
@@ -229,16 +234,43 @@ def _serve(config: dict[str, Any]) -> None:
     process = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
     incarnation = ray.get(mailbox.join.remote(rank, world, process), timeout=deadline_s)
     serving = _Rank(rank, world)
-    number = 0
+    number, looks_ahead = 0, False
     while True:
         command: Command | None = ray.get(mailbox.next.remote(incarnation, number), timeout=deadline_s)
         if command is None:
             continue
-        if command.name == "stop":
+        if command.name == STOP:
             serving.close()
             return
         ray.get(mailbox.post.remote(incarnation, rank, number, serving.outcome(command)), timeout=deadline_s)
         number += 1
+        if serving.is_built and not looks_ahead:
+            look = partial(_look_ahead, mailbox, incarnation, serving, deadline_s)
+            threading.Thread(target=look, name="look-ahead", daemon=True).start()
+            looks_ahead = True
+
+
+def _look_ahead(mailbox: Any, incarnation: int, serving: _Rank, deadline_s: float) -> None:
+    """Has the learner read what batches to come will need, on threads that take only what no other one wants.
+
+    Engines on the same cores sample meanwhile, and what they lose nobody gains. Threads that this one starts inherit
+    its scheduling.
+    """
+    with suppress(OSError):  # a sandbox may know no such policy; then it takes its share
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    number = 0
+    while True:
+        try:
+            found: tuple[Expected, ...] | None = ray.get(
+                mailbox.expected.remote(incarnation, number), timeout=deadline_s
+            )
+        except ray.exceptions.RayError:  # the mailbox is gone, which the next command tells
+            return
+        if found is None:
+            return
+        for entry in found:
+            serving.expect(entry.coming)
+            number = entry.number + 1
 
 
 class _Rank:
@@ -247,6 +279,15 @@ class _Rank:
     def __init__(self, rank: int, world: int) -> None:
         self._rank, self._world = rank, world
         self._learner: Any = None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is a learner."""
+        return self._learner is not None
+
+    def expect(self, coming: Coming) -> None:
+        """Tells the learner, which is built, what a batch to come will need."""
+        self._learner.expect(coming)
 
     def close(self) -> None:
         """Ends the learner."""

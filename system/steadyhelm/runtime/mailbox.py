@@ -1,26 +1,33 @@
 """Commands to the learner's ranks, which take no calls: Ray Train runs a function in them, not an actor's methods.
 
 Ranks *join*, ask for the *next* command and *post* its outcome; the driver *calls*. A group that starts again joins as
-a new incarnation; a command that was under way then fails with LearnerLostError.
+a new incarnation; a command that was under way then fails with LearnerLostError. Beside the commands the driver tells
+what to *expect* of batches to come; nobody answers that, and ranks ask for what is *expected* by a thread of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from steadyhelm import errors
 from steadyhelm.errors import FatalError, LearnerLostError, SteadyhelmError, reason_of
+from steadyhelm.services import Coming
 
 POLL_S = 20.0
-"""How long ``next`` holds a rank's question open before it answers "nothing yet"."""
+"""How long ``next`` and ``expected`` hold a rank's question open before they answer "nothing yet"."""
+REMEMBERED = 1024
+"""What to expect that is kept for ranks that have not asked yet: more than the batches in the making have."""
+STOP = "stop"
+"""The command that ends a rank's training function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One call of a learner method by all ranks together. ``name`` ``"stop"`` ends the training function."""
+    """One call of a learner method by all ranks together. ``name`` ``STOP`` ends the training function."""
 
     number: int
     name: str
@@ -53,6 +60,14 @@ class Outcome:
         return self.value
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """Something of a batch to come, and how much was told of before it."""
+
+    number: int
+    coming: Coming
+
+
 @dataclass(slots=True)
 class _Incarnation:
     number: int
@@ -60,10 +75,15 @@ class _Incarnation:
     joined: dict[int, str] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
     outcomes: dict[int, dict[int, Outcome]] = field(default_factory=dict)
+    expected: deque[Expected] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     @property
     def complete(self) -> bool:
         return len(self.joined) == self.world
+
+    @property
+    def stops(self) -> bool:
+        return bool(self.commands) and self.commands[-1].name == STOP
 
 
 class Mailbox:
@@ -101,8 +121,32 @@ class Mailbox:
             except TimeoutError:
                 return None
             if self._now.number != incarnation:
-                return Command(number=number, name="stop")
+                return Command(number=number, name=STOP)
             return self._now.commands[number]
+
+    async def expect(self, coming: Coming) -> None:
+        """A batch to come will need this. A group that starts again does not hear of it."""
+        async with self._changed:
+            told = self._now.expected
+            number = told[-1].number + 1 if told else 0
+            told.append(Expected(number=number, coming=coming))
+            self._changed.notify_all()
+
+    async def expected(self, incarnation: int, number: int) -> tuple[Expected, ...] | None:
+        """What to expect from the ``number``-th on, perhaps none yet; None where ``incarnation`` is over."""
+        async with self._changed:
+
+            def over() -> bool:
+                return self._now.number != incarnation or self._now.stops
+
+            def found() -> tuple[Expected, ...]:
+                return tuple(entry for entry in self._now.expected if entry.number >= number)
+
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: over() or found()), POLL_S)
+            except TimeoutError:
+                return ()
+            return None if over() else found()
 
     async def post(self, incarnation: int, rank: int, number: int, outcome: Outcome) -> None:
         """The outcome of a rank's call; outcomes of incarnations that are over are dropped."""
@@ -145,5 +189,5 @@ class Mailbox:
     async def stop(self) -> None:
         """Ends the ranks' training functions."""
         async with self._changed:
-            self._now.commands.append(Command(number=len(self._now.commands), name="stop"))
+            self._now.commands.append(Command(number=len(self._now.commands), name=STOP))
             self._changed.notify_all()

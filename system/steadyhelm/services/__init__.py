@@ -20,6 +20,7 @@ from steadyhelm.data.types import (
     CheckpointRecord,
     Completion,
     EngineRequest,
+    ImageKey,
     ObjectRef,
     PolicyVersion,
     Prompt,
@@ -60,6 +61,20 @@ class ShardOrder:
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     min_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coming:
+    """Some of what the learner will need for the batch of ``iteration``, which is still in the making.
+
+    ``images`` are of its prompts, ``objects`` those of its shards that are in the store.
+
+    Example: ``Coming(iteration=12, objects=(ObjectRef(key="digits/batches/000012/1-0.rollout", ...),))``
+    """
+
+    iteration: int
+    images: tuple[ImageKey, ...] = ()
+    objects: tuple[ObjectRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +193,14 @@ class Reward(Protocol):
 
 class Learner(Protocol):
     """The policy under training."""
+
+    def expect(self, coming: Coming) -> None:
+        """Tells what a batch to come will need, as it becomes known; returns at once.
+
+        Only a hint: the batch may come without it, or not at all, and what was never told of is trained on all the
+        same.
+        """
+        ...
 
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """Takes the state of ``checkpoint``, or of the starting point. Raises CorruptObjectError, DeadlineError."""

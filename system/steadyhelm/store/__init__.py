@@ -94,7 +94,15 @@ def open_store(uri: str) -> ObjectStore:
     return S3Store(place)
 
 
-def read_all(store: ObjectStore, refs: Sequence[ObjectRef]) -> list[memoryview]:
+class Reader(Protocol):
+    """Whoever reads objects and verifies them."""
+
+    def read(self, ref: ObjectRef) -> memoryview:
+        """As ``ObjectStore.read``; safe to call from several threads."""
+        ...
+
+
+def read_all(store: Reader, refs: Sequence[ObjectRef]) -> list[memoryview]:
     """The objects' bytes, verified, in the order of ``refs``, read side by side.
 
     Raises ObjectMissingError, CorruptObjectError.
@@ -121,4 +129,4 @@ def open_run(place: str) -> tuple[ObjectStore, str]:
     return open_store(store + mark + settings), run
 
 
-__all__ = ["Data", "LocalStore", "ObjectStore", "open_run", "open_store", "read_all", "run_uri"]
+__all__ = ["Data", "LocalStore", "ObjectStore", "Reader", "open_run", "open_store", "read_all", "run_uri"]

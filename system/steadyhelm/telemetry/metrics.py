@@ -106,6 +106,12 @@ INPUT_WAIT = _metric(
     "ratio",
     exact=False,
 )
+PREFETCHED = _metric(
+    "learner/prefetched",
+    "Share of the batch's bytes that the learner had read before the batch was committed",
+    "ratio",
+    exact=False,
+)
 ENGINES_SERVING = _metric("scaling/serving", "Engines that take work", exact=False)
 ENGINES_DESIRED = _metric(
     "scaling/desired", "Engines that there should be, as decided behind the iteration", exact=False

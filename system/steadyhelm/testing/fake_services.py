@@ -30,7 +30,7 @@ from steadyhelm.data.types import (
     WeightsRecord,
 )
 from steadyhelm.errors import LearnerLostError, RetryableError
-from steadyhelm.services import Served, ShardOrder
+from steadyhelm.services import Coming, Served, ShardOrder
 from steadyhelm.services.rollout.shards import put_shard
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.codec import decode_rewards, decode_rollout, encode_rewards
@@ -141,6 +141,11 @@ class FakeLearner:
     steps: int = 0
     lose_at: set[int] = field(default_factory=set)
     lost: bool = False
+    expected: list[Coming] = field(default_factory=list)
+
+    def expect(self, coming: Coming) -> None:
+        """Remembers what it was told."""
+        self.expected.append(coming)
 
     async def restore(self, checkpoint: CheckpointRecord | None) -> Served[None]:
         """Takes number and history of the checkpoint."""

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 from steadyhelm.config import RunFile
-from steadyhelm.data.types import Prompt, PromptId, ShardRecord
+from steadyhelm.data.types import ImageKey, Prompt, PromptId, ShardRecord
 from steadyhelm.errors import DataError, FatalError, LearnerLostError, UnscoredError
 from steadyhelm.loop import IterationReport, Loop, Services
-from steadyhelm.services import Served, ShardOrder
+from steadyhelm.services import Coming, Served, ShardOrder
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.log import CommitLog
 from steadyhelm.telemetry import metrics as names
@@ -96,6 +96,29 @@ async def test_who_wants_to_know_is_told_while_a_batch_is_awaited():
     assert said
     assert all(iteration == 2 and seconds > 0 for iteration, seconds in said)
     assert services.learner.applied == EVERY_ID
+
+
+@pytest.mark.parametrize("run", [RUN, AHEAD], ids=["k=0", "k=2"])
+async def test_the_learner_is_told_of_images_and_objects_before_their_batch_is_committed(run):
+    store = MemoryStore()
+    committed = {}
+
+    class WithImages(FakePrompts):
+        async def prompts(self, iteration: int) -> Served[tuple[Prompt, ...]]:
+            served = await super().prompts(iteration)
+            images = (ImageKey("images/all"), ImageKey(f"images/{iteration}"))
+            return Served(value=tuple(replace(prompt, images=images) for prompt in served.value))
+
+    class Learner(FakeLearner):
+        def expect(self, coming: Coming) -> None:
+            last = CommitLog.read(store, "fake").last_iteration
+            committed.update({(coming.iteration, what): last for what in (*coming.images, *coming.objects)})
+
+    await drive(make(store, run, prompts=WithImages(run=run), learner=Learner(store=store))[0])
+    for manifest in CommitLog.read(store, "fake").batches():
+        needed = [ref for shard in manifest.shards for ref in (shard.rollout, shard.reward)]
+        for what in ("images/all", f"images/{manifest.iteration}", *needed):
+            assert committed[manifest.iteration, what] < manifest.iteration
 
 
 async def crash_points(run: RunFile) -> int:

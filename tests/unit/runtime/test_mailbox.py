@@ -2,8 +2,10 @@ import asyncio
 import errno
 
 import pytest
+from steadyhelm.data.types import ImageKey
 from steadyhelm.errors import FatalError, LearnerLostError, NonFiniteError, StoreError
-from steadyhelm.runtime.mailbox import Mailbox, Outcome
+from steadyhelm.runtime.mailbox import REMEMBERED, Mailbox, Outcome
+from steadyhelm.services import Coming
 
 
 async def rank(mailbox: Mailbox, number: int, world: int, process: str, answers: dict[str, Outcome]) -> list[str]:
@@ -73,6 +75,46 @@ async def test_a_group_that_joins_again_fails_the_call_under_way_and_serves_the_
 async def test_the_same_rank_under_the_same_process_may_ask_to_join_again():
     mailbox = Mailbox()
     assert await mailbox.join(0, 1, "a") == await mailbox.join(0, 1, "a")
+
+
+def image(number: int, iteration: int = 5) -> Coming:
+    return Coming(iteration=iteration, images=(ImageKey(f"images/{number}"),))
+
+
+async def test_every_rank_hears_in_order_what_to_expect():
+    mailbox = Mailbox()
+    incarnation, _ = await asyncio.gather(mailbox.join(0, 2, "a"), mailbox.join(1, 2, "b"))
+    waiting = asyncio.create_task(mailbox.expected(incarnation, 0))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await mailbox.expect(image(0))
+    await mailbox.expect(image(1))
+    first = await waiting
+    assert first is not None
+    assert first[0].coming == image(0)
+    both = await mailbox.expected(incarnation, 0)
+    assert both is not None
+    assert [entry.coming for entry in both] == [image(0), image(1)]
+    rest = await mailbox.expected(incarnation, both[0].number + 1)
+    assert rest == both[1:]
+
+
+async def test_what_to_expect_is_forgotten_where_nobody_asks_and_with_the_group():
+    mailbox = Mailbox()
+    old = await mailbox.join(0, 1, "old")
+    for number in range(REMEMBERED + 3):
+        await mailbox.expect(image(number))
+    found = await mailbox.expected(old, 0)
+    assert found is not None
+    assert [entry.number for entry in found] == list(range(3, REMEMBERED + 3))
+    new = await mailbox.join(0, 1, "new")
+    assert await mailbox.expected(old, 0) is None
+    await mailbox.expect(image(7, 6))
+    found = await mailbox.expected(new, 0)
+    assert found is not None
+    assert [entry.coming for entry in found] == [image(7, 6)]
+    await mailbox.stop()
+    assert await mailbox.expected(new, 0) is None
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,33 @@
-"""Batches to come: their shards are read, and their images prepared, while engines still sample the rest.
+"""Batches to come: what they will need is read and prepared while engines still sample.
 
 A cache and nothing more. Objects are kept by their references, checksums included, and what is trained on is what the
-committed manifest names: a shard that was dropped or made anew costs the work, and one that cannot be read is left to
-whoever needs it, who says so.
+committed manifest names: a shard that was dropped or made anew costs the work, and what cannot be read or prepared is
+left to whoever needs it, who says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import Event, Lock
+from typing import TypeVar
 
-from steadyhelm.data.types import ImageKey, ObjectRef, ShardRecord
-from steadyhelm.errors import SteadyhelmError
+from steadyhelm.data.types import ImageKey, ObjectRef
+from steadyhelm.errors import FatalError, SteadyhelmError
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.images import CACHE_BYTES
+from steadyhelm.services import Coming
 from steadyhelm.store import ObjectStore
-from steadyhelm.store.codec import decode_rollout
+
+Key = TypeVar("Key", ObjectRef, ImageKey)
 
 ROOM_BYTES = 256 << 20
 """Bound on the objects of batches to come that a rank keeps."""
-FETCHERS = 4
-"""Images that are fetched and prepared at a time: most of it is waiting for the store."""
+READERS, PREPARERS = 2, 4
+"""Objects that are read, and images that are fetched and prepared, at a time: most of it is waiting for the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class _Kept:
     data: memoryview
 
 
-class ShardsAhead:
+class BatchesAhead:
     """A ``Reader`` of the store that has some of its objects already; safe to call from several threads.
 
     Args:
@@ -59,6 +61,8 @@ class ShardsAhead:
         self._gives_way = gives_way
         self._max_bytes = max_bytes
         self._max_image_bytes = max_image_bytes
+        self._readers = ThreadPoolExecutor(READERS, "read-ahead")
+        self._preparers = ThreadPoolExecutor(PREPARERS, "images-ahead")
         self._lock = Lock()
         self._kept: dict[ObjectRef, _Kept] = {}
         self._image_bytes: dict[int, int] = {}
@@ -66,6 +70,7 @@ class ShardsAhead:
         self._idle = Event()  # cleared while images have to wait
         self._idle.set()
         self._asked_bytes, self._found_bytes = 0, 0
+        self._failure: BaseException | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -78,22 +83,29 @@ class ShardsAhead:
         """Share of the bytes read since the last ``training`` began that were there already."""
         return self._found_bytes / max(1, self._asked_bytes)
 
-    def fetch(self, iteration: int, shard: ShardRecord) -> None:
-        """Reads what ``shard`` names and is not there yet, then prepares its images; blocks meanwhile.
+    def expect(self, coming: Coming) -> tuple[Future[None], ...]:
+        """Begins to read and prepare what a batch will need, on threads that are scheduled as the caller's is.
 
-        Without effect once the batch of ``iteration`` is trained on.
+        Without effect once that batch is trained on. Returns the work under way; what it fails with is told by ``read``
+        where it is no error of what was to be read.
         """
-        for ref in (shard.rollout, shard.reward, shard.reference):
-            if ref is None or not self._wants(iteration, ref):
-                continue
-            with suppress(SteadyhelmError):
-                data = self._store.read(ref)
-                self._keep(iteration, ref, data)
-                if ref == shard.rollout:
-                    self._prepare(iteration, data)
+        iteration = coming.iteration
+        with self._lock:
+            if self._reached >= iteration:
+                return ()
+            return (
+                *(self._readers.submit(self._guarded, self._fetch, iteration, ref) for ref in coming.objects),
+                *(self._preparers.submit(self._guarded, self._prepare, iteration, key) for key in coming.images),
+            )
 
     def read(self, ref: ObjectRef) -> memoryview:
-        """The object's bytes, verified, and kept no longer. Raises ObjectMissingError, CorruptObjectError."""
+        """The object's bytes, verified, and kept no longer.
+
+        Raises ObjectMissingError, CorruptObjectError; FatalError where the work ahead has met an error of ours.
+        """
+        if self._failure is not None:
+            found = f"{type(self._failure).__name__}: {self._failure}"
+            raise FatalError(f"preparing a batch ahead failed, report it: {found}") from self._failure
         with self._lock:
             kept = self._kept.pop(ref, None)
             self._asked_bytes += ref.num_bytes
@@ -120,34 +132,37 @@ class ShardsAhead:
             self._idle.set()
 
     def close(self) -> None:
-        """Fetches nothing any more."""
-        self._reached = math.inf
+        """Begins nothing any more."""
+        with self._lock:
+            self._reached = math.inf
         self._idle.set()
+        for threads in (self._readers, self._preparers):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _wants(self, iteration: int, ref: ObjectRef) -> bool:
+    def _guarded(self, work: Callable[[int, Key], None], iteration: int, key: Key) -> None:
+        try:
+            work(iteration, key)
+        except SteadyhelmError:
+            pass  # whoever needs it asks again
+        except Exception as error:  # a thread's only way to tell
+            self._failure = error
+
+    def _fetch(self, iteration: int, ref: ObjectRef) -> None:
         with self._lock:
             size = sum(kept.num_bytes for kept in self._kept) + ref.num_bytes
-            return iteration > self._reached and ref not in self._kept and size <= self._max_bytes
-
-    def _keep(self, iteration: int, ref: ObjectRef, data: memoryview) -> None:
+            if iteration <= self._reached or ref in self._kept or size > self._max_bytes:
+                return
+        data = self._store.read(ref)
         with self._lock:
             if iteration > self._reached:
                 self._kept[ref] = _Kept(iteration, data)
 
-    def _prepare(self, iteration: int, rollout: memoryview) -> None:
-        """Raises DataError where ``rollout`` is no shard."""
-        images = dict.fromkeys(image for row in decode_rollout(rollout) for image in row.prompt.images)
-        with ThreadPoolExecutor(FETCHERS, "images-ahead") as threads:
-            for _ in threads.map(partial(self._prepare_image, iteration), images):
-                pass
-
-    def _prepare_image(self, iteration: int, image: ImageKey) -> None:
+    def _prepare(self, iteration: int, image: ImageKey) -> None:
         if iteration > self._reached:
             self._idle.wait()  # no longer than the step in progress, which has a deadline
         with self._lock:
-            wanted = iteration > self._reached and self._image_bytes.get(iteration, 0) < self._max_image_bytes
-        if wanted:
-            with suppress(SteadyhelmError):
-                size = self._encoder.keep((image,))
-                with self._lock:
-                    self._image_bytes[iteration] = self._image_bytes.get(iteration, 0) + size
+            if iteration <= self._reached or self._image_bytes.get(iteration, 0) >= self._max_image_bytes:
+                return
+        size = self._encoder.keep((image,))
+        with self._lock:
+            self._image_bytes[iteration] = self._image_bytes.get(iteration, 0) + size

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from steadyhelm.data.types import BatchManifest, FinishReason, ObjectRef, ShardRecord, Trajectory
 from steadyhelm.errors import DataError
-from steadyhelm.store import ObjectStore, read_all
+from steadyhelm.store import Reader, read_all
 from steadyhelm.store.codec import decode_reference, decode_rewards, decode_rollout
 
 
@@ -48,13 +48,11 @@ class IterationBatch:
         return counted
 
 
-def read_batch(
-    store: ObjectStore, manifest: BatchManifest, *, with_rewards: bool, with_reference: bool
-) -> IterationBatch:
+def read_batch(store: Reader, manifest: BatchManifest, *, with_rewards: bool, with_reference: bool) -> IterationBatch:
     """The manifest's shards, verified, read side by side.
 
     Args:
-        store: where the shards are.
+        store: reads the shards.
         manifest: of a committed batch.
         with_rewards: False in supervised fine-tuning.
         with_reference: whether the objective needs reference log-probs.

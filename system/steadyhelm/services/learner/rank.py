@@ -13,12 +13,20 @@ from typing import Any, TypeVar
 import torch
 
 from steadyhelm.config import RunFile
-from steadyhelm.data.types import BatchManifest, CheckpointRecord, ImageKey, ObjectRef, PolicyVersion, WeightsRecord
+from steadyhelm.data.types import (
+    BatchManifest,
+    CheckpointRecord,
+    ImageKey,
+    ObjectRef,
+    PolicyVersion,
+    WeightsRecord,
+)
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import DTYPES, load_model
 from steadyhelm.models.logprobs import LOGIT_BYTES, CompletionScorer
-from steadyhelm.services import Served
+from steadyhelm.services import Coming, Served
 from steadyhelm.services.learner import checkpoint, collectives
+from steadyhelm.services.learner.ahead import BatchesAhead
 from steadyhelm.services.learner.batch import read_batch
 from steadyhelm.services.learner.engine import TrainEngine
 from steadyhelm.services.learner.training import Training
@@ -94,6 +102,8 @@ class LearnerRank:
         )
         self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype, exact_stage=spec.exact_stage)
         self._training = Training(self._engine, self._encoder, run)
+        on_cpu = collectives.device().type == "cpu"
+        self._ahead = BatchesAhead(self._store, self._encoder, gives_way=on_cpu)
         dtype = DTYPES[run.model.dtype]
         self._share = Share(layout=self._engine.layout(dtype), index=rank, count=world_size, exchange=_exchange)
         self._weights = make_sync(
@@ -101,6 +111,13 @@ class LearnerRank:
         )
         self._mirror = Mirror()
         self._pristine = True
+
+    def expect(self, coming: Coming) -> None:
+        """Begins to read and prepare what a batch to come will need; beside the other calls and not in lock-step.
+
+        That is done by threads that are scheduled as the caller's is.
+        """
+        self._ahead.expect(coming)
 
     def restore(self, record: CheckpointRecord | None) -> Served[None]:
         """Takes the state of ``record``, or exactly that of the model folder. Raises CorruptObjectError."""
@@ -116,15 +133,15 @@ class LearnerRank:
         """Trains on the batch, all its optimiser steps. Raises NonFiniteError, CorruptObjectError, DataError."""
         run = self._spec.run
         self._pristine = False
-        with collect() as spans:
+        with collect() as spans, self._ahead.training(manifest.iteration):
             with span("learner", "read"):
                 batch = collectives.together(
                     lambda: read_batch(
-                        self._store, manifest, with_rewards=not run.is_sft, with_reference=run.uses_reference
+                        self._ahead, manifest, with_rewards=not run.is_sft, with_reference=run.uses_reference
                     )
                 )
             metrics = self._training.iteration(batch)
-        return Served(value=None, spans=tuple(spans), metrics=metrics)
+        return Served(value=None, spans=tuple(spans), metrics={**metrics, names.PREFETCHED: self._ahead.share})
 
     def publish(self, version: PolicyVersion, key: str, known: WeightsRecord | None = None) -> Served[WeightsRecord]:
         """Puts the weights in ``model.dtype`` under ``key``, unless ``known`` has their checksum. Raises StoreError.
@@ -157,6 +174,7 @@ class LearnerRank:
 
     def close(self) -> None:
         """Gives up what it holds outside of its process. It is of no use afterwards."""
+        self._ahead.close()
         self._weights.close()
 
     def _load(self) -> Any:
