@@ -123,11 +123,15 @@ class Run:
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
-    def exact_metrics(self) -> dict[int, dict[str, float]]:
-        """The metrics of each iteration that do not depend on clocks."""
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """The metrics of each iteration."""
         prefix = f"{self.run_id}/metrics/"
         segments = {key: bytes(self.store.get(key)) for key in self.store.list(prefix)}
-        return {line.iteration: names.exact(line.metrics) for line in join_segments(segments)}
+        return {line.iteration: dict(line.metrics) for line in join_segments(segments)}
+
+    def exact_metrics(self) -> dict[int, dict[str, float]]:
+        """Those of them that do not depend on clocks."""
+        return {iteration: names.exact(metrics) for iteration, metrics in self.metrics().items()}
 
     def left_of(self, processes: list[psutil.Process], timeout_s: float = 120) -> list[str]:
         """The command lines of those that still run after ``timeout_s``."""

@@ -7,8 +7,15 @@ import psutil
 import pytest
 from steadyhelm.data.types import ObjectRef
 from steadyhelm.store.records import from_json
+from steadyhelm.telemetry import metrics as names
 
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(900)]
+
+
+def test_the_learner_reads_some_of_a_batch_before_it_is_committed(undisturbed):
+    shares = [metrics[names.PREFETCHED] for metrics in undisturbed.metrics().values() if names.PREFETCHED in metrics]
+    assert len(shares) == 6
+    assert max(shares) > 0.0  # the first of its four shards is there long before the last
 
 
 def test_a_killed_driver_resumes_with_the_same_numbers_and_leaves_no_process_behind(make_run, undisturbed):
