@@ -32,8 +32,8 @@ def sglang_server(tiny_model: Path) -> Iterator[EngineProcess]:
 
 
 @contextmanager
-def served(engine: str, folder: Path) -> Iterator[EngineProcess]:
-    """A server of a model folder, as a rollout actor would start it."""
+def served(engine: str, folder: Path, key: str = "") -> Iterator[EngineProcess]:
+    """A server of a model folder, as a rollout actor would start it; with that key, or one of its own."""
     python = subprocess.run([ROOT / ".ci" / "engines", engine], capture_output=True, text=True)
     assert python.returncode == 0, python.stderr
     plan = PLANS[engine](
@@ -48,6 +48,8 @@ def served(engine: str, folder: Path) -> Iterator[EngineProcess]:
             sees_images=True,
         )
     )
-    server = EngineProcess.start(plan, deadline_s=600.0, scratch_bytes=64 << 20)
-    yield server
-    server.close()
+    server = EngineProcess.start(lambda port, own: plan(port, key or own), deadline_s=600.0, scratch_bytes=64 << 20)
+    try:
+        yield server
+    finally:
+        server.close()
