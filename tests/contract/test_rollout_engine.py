@@ -338,6 +338,17 @@ async def test_every_request_is_answered_once_with_tokens_logprobs_and_versions_
         assert completion.attempt == 2
 
 
+async def test_more_prompts_and_images_than_are_read_at_a_time_are_answered_as_any_others(subject: Subject) -> None:
+    requests = [subject.request(f"0:{n}", TEXTS[n % len(TEXTS)], images=(n,) * 8, seed=n) for n in range(120)]
+    read = sum(len(request.prompt_tokens) for request in requests)
+    assert read > 8192 or isinstance(subject, FakeSubject)  # whose images take no tokens
+    found = await answers(subject, requests, Sampling(max_new_tokens=4))
+    for request in requests[::40]:
+        completion = found[request.prompt_id]
+        expected = subject.logprobs(0, request, completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 async def test_logprobs_are_the_trainers_at_the_runs_temperature_images_included(
     subject: Subject, temperature: float

@@ -30,15 +30,24 @@ class EngineServer:
         url: ``http://host:port``.
         key: bearer token; empty for none.
         ended: resolves with the end of the server's log where its process ended; None for a server of somebody else.
+        log: the end of its log so far; None for a server of somebody else.
         on_lost: called once, with the error that every call raises from then on.
     """
 
     def __init__(
-        self, url: str, *, key: str, ended: Future[str] | None, on_lost: Callable[[EngineLostError], None]
+        self,
+        url: str,
+        *,
+        key: str,
+        ended: Future[str] | None,
+        on_lost: Callable[[EngineLostError], None],
+        log: Callable[[], str] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._key = key
         self._ended = ended
+        self._log = log
+        self._failing = asyncio.Lock()
         self._on_lost = on_lost
         self._lost: EngineLostError | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -109,7 +118,7 @@ class EngineServer:
         if answer.status >= 500:
             why = f"{path} failed with status {answer.status}: {text}"
             if path == HEALTH or not await self._serves():
-                raise self.lose(why + await self._last_words())
+                raise await self._lose_with_log(why)
             raise RetryableError(f"The engine server at {self.url} serves, but {why}: asked again", delay_s=0.5)
         raise DataError(f"The engine server at {self.url} refuses a request to {path} ({answer.status}): {text}")
 
@@ -141,11 +150,13 @@ class EngineServer:
             return False
         return True
 
-    async def _last_words(self) -> str:
-        """The end of the log of a server whose process ends within ``WATCH_S``, as one that failed inside does."""
-        if self._ended is None or not await self._is_gone():
-            return ""
-        return f"; its process ended; the end of its log:\n{self._ended.result()}"
+    async def _lose_with_log(self, why: str) -> EngineLostError:
+        """``lose`` of a server that failed inside, with the end of its log, which is read once."""
+        async with self._failing:
+            if self._lost is None and self._log is not None:
+                await self._is_gone()  # most end soon, and say why before
+                why += f"; the end of its log:\n{await asyncio.to_thread(self._log)}"
+            return self.lose(why)
 
     async def _is_gone(self) -> bool:
         """Whether nobody listens at the server's address, or its process has ended."""

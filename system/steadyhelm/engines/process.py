@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Variables that lead to this process's own packages, of which the server's environment has others."""
 TAIL_LINES = 40
 """Lines of the server's log that go into an error's message."""
+FIRST_ERRORS = 3
+"""Errors that go there too, the first ones: what ends a server is seldom among the last lines that it writes."""
+ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): \S.*")
 POLL_S = 0.25
 """Seconds between two looks at a server that is starting."""
 TRIES = 3
@@ -133,12 +138,20 @@ class EngineProcess:
         self._guard.stdout.close()
 
     def tail(self) -> str:
-        """The last lines of the server's log."""
+        """The last lines of the server's log, and the first errors in it where those lines do not have them."""
+        errors: dict[str, None] = {}
+        last: deque[str] = deque(maxlen=TAIL_LINES)
         try:
-            lines = self._log.read_text(errors="replace").splitlines()
+            with self._log.open(errors="replace") as log:
+                for line in log:
+                    last.append(line.rstrip("\n"))
+                    if len(errors) < FIRST_ERRORS and (found := ERROR.search(line)):
+                        errors[found[0]] = None
         except OSError:
             return ""
-        return "\n".join(lines[-TAIL_LINES:])
+        text = "\n".join(last)
+        missing = [error for error in errors if error not in text]
+        return "\n".join([text, "its first errors:", *missing] if missing else [text])
 
     def _until_ready(self, end: float, deadline_s: float) -> None:
         while not self.ended.done():

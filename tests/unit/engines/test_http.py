@@ -98,6 +98,23 @@ async def test_a_failure_of_a_server_that_says_so_loses_it_once_and_for_all(serv
     assert len(site.lost) == 1
 
 
+async def test_a_failure_inside_comes_with_the_log_which_is_read_once(site: Site) -> None:
+    read: list[int] = []
+
+    def log() -> str:
+        read.append(1)
+        return "RuntimeError: no such kernel"
+
+    site.healthy = False
+    server = EngineServer(await site.open(), key="", ended=Future(), on_lost=site.lost.append, log=log)
+    calls = [server.post("/break", deadline_s=20) for _ in range(8)]
+    failed = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(error) for error in failed} == {EngineLostError}
+    assert all("no such kernel" in str(error) for error in failed)
+    assert len(read) == 1
+    await server.close()
+
+
 async def test_a_late_answer_is_a_missed_deadline(server: EngineServer) -> None:
     with pytest.raises(DeadlineError, match=r"0\.05 s"):
         await server.post("/sleep", deadline_s=0.05)

@@ -102,6 +102,17 @@ def test_a_server_ends_with_its_actor_however_the_actor_ends():
         time.sleep(0.02)
 
 
+def test_the_first_errors_of_a_log_are_told_where_much_was_written_behind_them():
+    server = start()
+    with server._log.open("a") as log:
+        log.write("(worker) RuntimeError: no such kernel\n(worker) RuntimeError: no such kernel\n")
+        log.flush()
+        assert server.tail().endswith("(worker) RuntimeError: no such kernel")
+        log.write("a line\n" * 100)
+    assert server.tail().endswith("a line\nits first errors:\nRuntimeError: no such kernel")
+    server.close()
+
+
 def test_a_server_that_ends_while_it_starts_is_an_error_with_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

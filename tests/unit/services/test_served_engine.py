@@ -88,6 +88,9 @@ class Process:
 
     close = end
 
+    def tail(self) -> str:
+        return "the log"
+
 
 @pytest.fixture
 def script() -> Script:

@@ -12,7 +12,6 @@ import asyncio
 import base64
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -191,8 +190,9 @@ class ServedEngine:
         self._fetch = fetch
         self._deadline_s = deadline_s
         self._mark = secrets.token_hex(4)  # in our labels only: whoever else swaps weights in is found out
-        ended: Future[str] | None = None if self._process is None else self._process.ended
-        self._server = EngineServer(url, key=process.key, ended=ended, on_lost=self._interrupt)
+        ended = None if self._process is None else self._process.ended
+        log = None if self._process is None else self._process.tail
+        self._server = EngineServer(url, key=process.key, ended=ended, log=log, on_lost=self._interrupt)
         self._calls: set[asyncio.Task[Any]] = set()
         self._why: SteadyhelmError | None = None  # of the last interruption
         self._begun = asyncio.Lock()

@@ -37,7 +37,10 @@ def vllm_plan(spec: ServerSpec) -> Plan:
         pairs = [part for option in options.items() for part in option]
         flags = ["--enable-scale-out", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
         flags += ["--trust-remote-code"] * spec.trust_remote_code
-        flags += ["--enforce-eager"] * (spec.device == "cpu")
+        if spec.device == "cpu":
+            # A prompt in parts ends the server: each part draws a token in vain, and vLLM takes that draw back from the
+            # request's generator, which generators on CPUs refuse.
+            flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
         return Launch(
             command=(spec.python, "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags, *spec.args),
             environment={
