@@ -33,8 +33,10 @@ RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/code
 
 FROM ${BASE}
 RUN --mount=type=bind,source=docker/runtime,target=/build/runtime /build/runtime
+COPY --from=environment /opt/steadyhelm/venv.made /opt/steadyhelm/
 RUN --mount=type=bind,from=environment,source=/opt/steadyhelm/venv,target=/build/venv \
-    mkdir /opt/steadyhelm && cp --archive /build/venv /opt/steadyhelm/venv
+    cp --archive /build/venv /opt/steadyhelm/venv
+COPY --from=engine /opt/engine.made /opt/
 RUN --mount=type=bind,from=engine,source=/opt/engine,target=/build/engine cp --archive /build/engine /opt/engine
 ENV PATH=/opt/steadyhelm/code/bin:/opt/steadyhelm/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
     STEADYHELM_SGLANG_PYTHON=/opt/engine/bin/python

@@ -109,8 +109,21 @@ def test_a_change_of_code_touches_the_last_layer_alone(role: str):
             assert not sources & of_code
     keywords = [word for word, _ in file.stages[-1].instructions]
     assert not {"COPY", "RUN"} & set(keywords[keywords.index("LABEL") :])
-    # To see whether it has copied the same before, buildah copies it again: gigabytes go by cp, whose step it knows.
-    assert not [copy for copy in copies[:-1] if copy.startswith("--from")]
+
+
+@each_role
+def test_environments_are_copied_by_a_step_that_is_cached_and_never_stale(role: str):
+    """buildah copies again to see whether it has copied the same before, and knows a RUN by its words alone."""
+    steps = read(role).stages[-1].instructions
+    of_stages = [place for place, (_, rest) in enumerate(steps) if re.search(r"from=(environment|engine)\b", rest)]
+    found = [steps[place] for place in of_stages]
+    for (word, copy), (then, run) in zip(found[::2], found[1::2], strict=True):
+        stage, folder = re.fullmatch(r"--from=(\w+) (\S+)\.made /opt/\S*", copy).groups()
+        assert (word, then) == ("COPY", "RUN")
+        assert run.startswith(f"--mount=type=bind,from={stage},source={folder},target=/build/")
+        assert run.endswith(f" {folder}")
+    assert of_stages == list(range(of_stages[0], of_stages[-1] + 1)), "nothing stands between them"
+    assert '"$folder.made"' in (FOLDER / "environment").read_text()
 
 
 @each_role
@@ -132,7 +145,7 @@ def test_the_runtime_stage_has_no_compiler(role: str):
     assert prepared == "--mount=type=bind,source=docker/runtime,target=/build/runtime /build/runtime"
     assert copied
     for copy in copied:
-        assert re.fullmatch(r"--mount=type=bind,from=\w+,\S+ (mkdir \S+ && )?cp --archive /build/\w+ /opt/\S+", copy)
+        assert re.fullmatch(r"--mount=type=bind,from=\w+,\S+ cp --archive /build/\w+ /opt/\S+", copy)
     installed = re.findall(r"apt-get install(?: --\S+)* (.+)", (FOLDER / "runtime").read_text())
     assert installed == ["wget"]
     assert all(copy.startswith(("--from=", "workloads ")) for copy in last.all("COPY"))
