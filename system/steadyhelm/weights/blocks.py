@@ -31,7 +31,7 @@ CODERS: Mapping[torch.dtype, kernels.Coder] = {
     torch.float32: kernels.Coder(shift=23, half=1 << 31),
 }
 """The types whose differences are coded; of others a changed block goes as it is."""
-CENSUS = 1 << 20
+CENSUS = 1 << 19
 """Elements of a type that the model of changes is made from; of larger sets every so manieth run is looked at."""
 
 _CODED = struct.Struct(f"<B{2 * kernels.TRACKS}I")
