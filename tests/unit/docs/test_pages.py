@@ -1,13 +1,16 @@
 import ast
 import re
 import runpy
+import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 from steadyhelm.cli import app
+from steadyhelm.config.load import load_run_file
 
 from tests.unit.docs.markdown import DOCS, PAGES, ROOT, anchors, blocks, commands, page_name, prose, shell_lines
 
@@ -56,6 +59,15 @@ def test_every_file_of_the_repository_that_a_command_names_is_there(page: Path):
         for word in line.split():
             if re.match(r"(charts|workloads|docker|engines|benchmarks)/", word):
                 assert (ROOT / word).exists(), line
+
+
+@pages
+def test_every_run_file_that_a_command_names_is_valid_with_what_the_command_sets(page: Path):
+    for command in commands(page):
+        _, name, *words = shlex.split(command)
+        if name in ("run", "sft", "submit", "validate") and words and words[0].startswith("workloads/"):
+            settings = [value for option, value in pairwise(words) if option == "--set"]
+            load_run_file(ROOT / words[0], settings)
 
 
 @pages
