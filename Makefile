@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 PYTHON ?= python3.11
 export OMP_NUM_THREADS ?= 1
-# Tests of a tier whose tests disturb nobody, on two cores; files stay whole, as what is made once for a file is dear.
+# For a tier whose tests disturb nobody; files stay whole, as what is made once for a file is dear.
 SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 
 .PHONY: help setup train test test-charts test-cluster test-images test-runs test-store test-engines engines images test-gpu check bench constraints clean
