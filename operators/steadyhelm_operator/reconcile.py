@@ -369,7 +369,7 @@ class _Look:
             text = self.silence()
             self.condition("ClusterReady", False, "HeadUnreachable", text)
             phase: Phase = "Recovering" if attempt.submitted else "Starting"
-            return self.say(phase, *self.worst("HeadUnreachable", text), SOON_S)
+            return self.say(phase, *self.worst("HeadUnreachable", text), self.patience())
         self.condition("ClusterReady", True, "HeadReady", "")
         if head.job is None:
             changed_ever = self.status.changes > 0
@@ -398,6 +398,12 @@ class _Look:
             return "the head's pod is not ready; KubeRay replaces a lost head, then the run goes on"
         remedy = "networkPolicy.apiFrom of the cluster's chart has to name the operator's namespace"
         return f"the head does not answer, though its pod is ready ({head.problem}): see its log; {remedy}"
+
+    def patience(self) -> float:
+        """Seconds to the next look at a silent head: more the longer it is silent, as each look waits for its answer."""
+        (since,) = (c.last_transition_time for c in self.status.conditions if c.type == "ClusterReady")
+        silent_s = (self.now - (instant(since) or self.now)).total_seconds()
+        return min(max(SOON_S, silent_s), POLL_S)
 
     def worst(self, reason: str, text: str) -> tuple[str, str]:
         """What is wrong with pods, if anything is; else what is given."""

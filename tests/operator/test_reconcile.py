@@ -428,6 +428,16 @@ def test_a_head_behind_a_broken_network_gets_no_second_driver():
     assert (world.status.phase, world.status.attempt) == ("Running", 1)
 
 
+def test_a_head_that_stays_silent_is_asked_less_and_less_often():
+    world = running(own())
+    world.reachable = False
+    waits = []
+    for _ in range(5):
+        waits.append(world.look().again_s)
+        world.wait(waits[-1])
+    assert waits == [3, 3, 6, 12, 15]
+
+
 def test_a_lost_cluster_of_the_run_is_made_again():
     world = running(own(failurePolicy={"backoffSeconds": 0}), 5)
     world.lose_cluster()
