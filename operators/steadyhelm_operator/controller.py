@@ -216,7 +216,9 @@ class Controller:
         status = run.status
         given = run.spec.cluster if run.spec else None
         called = resources.cluster_name(run, given) if given else status.cluster
-        cluster = self._cluster(name, (run.namespace, called)) if called else None
+        makes = given is not None and given.template is not None and run.deleting_since is None
+        asks = bool(status.cluster_uid) or not makes
+        cluster = self._cluster(name, (run.namespace, called), asks=asks) if called else None
         if cluster is None:
             return Observed()
         last, head = status.last, None
@@ -225,13 +227,16 @@ class Controller:
             head = self._heads.view(cluster, last, resources.run_id(run))
         return Observed(cluster=cluster, head=head, problems=self._problems(name, cluster, run, head))
 
-    def _cluster(self, run: Name, name: Name) -> ClusterView | None:
-        """The cluster as last told; that there is none is believed of the API server alone."""
+    def _cluster(self, run: Name, name: Name, *, asks: bool) -> ClusterView | None:
+        """The cluster as last told; with ``asks``, that there is none is believed of the API server alone.
+
+        A run that has none yet makes one, and hears then that there is one of that name.
+        """
         with self._lock:
             self._on[name].add(run)
             self._where[run] = name
             known = self._clusters.get(name)
-        if known is not None:
+        if known is not None or not asks:
             return known
         body = self._kubernetes.cluster(*name)
         if body is None:
@@ -288,10 +293,13 @@ class Controller:
                 self._finalize(name, hold=isinstance(action, Hold))
             case CreateCluster(manifest=manifest):
                 try:
-                    made = self._kubernetes.create_cluster(manifest)
+                    self._see(self._kubernetes.create_cluster(manifest))
                 except MissingError:
                     raise MissingError("Kubernetes knows no RayClusters: install KubeRay") from None
-                self._see(made)
+                except ConflictError:  # there is one, of which the watch has not told yet
+                    found = self._kubernetes.cluster(name[0], manifest["metadata"]["name"])
+                    if found is not None:
+                        self._see(found)
             case SuspendCluster(cluster=own, suspend=suspend):
                 try:
                     self._see(self._kubernetes.patch_cluster(own, resources.suspend_patch(own, suspend=suspend)))

@@ -400,7 +400,7 @@ class _Look:
         return f"the head does not answer, though its pod is ready ({head.problem}): see its log; {remedy}"
 
     def patience(self) -> float:
-        """Seconds to the next look at a silent head: more the longer it is silent, as each look waits for its answer."""
+        """Seconds to the next look at a silent head: the longer it is silent, the more, as each look waits for it."""
         (since,) = (c.last_transition_time for c in self.status.conditions if c.type == "ClusterReady")
         silent_s = (self.now - (instant(since) or self.now)).total_seconds()
         return min(max(SOON_S, silent_s), POLL_S)

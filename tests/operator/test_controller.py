@@ -109,7 +109,7 @@ def test_a_run_on_its_way_up_costs_few_requests(operator: Operator):
     operator.looks()
     assert operator.status["phase"] == "Running"
     assert Counter(operator.kubernetes.calls) == {
-        "PATCH run": 1, "GET cluster": 1, "POST cluster": 1, "PATCH status": 3, "POST event": 3
+        "PATCH run": 1, "POST cluster": 1, "PATCH status": 3, "POST event": 3
     }  # fmt: skip
 
 
@@ -146,6 +146,18 @@ def test_that_a_cluster_is_gone_is_believed_of_the_api_server_alone(operator: Op
     operator.controller._clusters.clear()  # as behind a restart, before the list of clusters has come
     operator.looks()
     assert operator.status["attempt"] == 1
+
+
+def test_a_cluster_that_no_watch_told_of_is_met_when_it_is_made(operator: Operator):
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+    operator.looks(2)
+    assert operator.status["reason"] == "CreatingCluster"
+    made = operator.kubernetes.clusters[NAME]["metadata"]["uid"]
+    operator.controller._clusters.clear()  # as behind a restart, before the list of clusters has come
+    operator.kubernetes.watchers = [lambda kind, verb, body: kind == "run" and operator.told(kind, verb, body)]
+    operator.looks(6)
+    assert (operator.status["clusterUid"], operator.heads.live(*NAME)) == (made, ["digits.uidofdig.1"])
+    assert operator.kubernetes.calls.count("POST cluster") == 2
 
 
 def test_a_lost_head_is_followed_by_another_attempt(operator: Operator):
