@@ -135,7 +135,7 @@ def readme(chart: Path) -> str:
 def definition() -> str:
     """The CustomResourceDefinition, which the chart installs as it is."""
     notice = "# Made by charts/generate.py from operators/steadyhelm_operator/api.py and the run file's models.\n"
-    return notice + yaml.safe_dump(crd(), sort_keys=False, width=118, allow_unicode=True)
+    return notice + yaml.safe_dump(crd(), sort_keys=False, default_flow_style=None, width=118, allow_unicode=True)
 
 
 FILES = {

@@ -52,8 +52,11 @@ SOON_S, POLL_S, WATCHED_S = 3.0, 15.0, 20.0
 """Seconds to the next look: at what is about to change; at a driver that works; at what a watch tells of anyway."""
 SPEECHLESS_S = 120.0
 """Seconds after which a driver that serves no status is taken to be at work: another run may have the port."""
-FATAL = frozenset({"BadRunFile", "BadData", "BadModel"})
-"""Reasons that another attempt would meet again."""
+FATAL = frozenset({"BadRunFile", "BadData", "BadModel", "TakenOver"})
+"""Reasons that another attempt would meet again. A run that somebody else took over is theirs: the predecessors of an
+attempt have all ended, so it was none of them, and to take it back would go to and fro for ever."""
+HELD = "RunHeld"
+"""Reason of an attempt that found the driver of somebody else at the run and left it alone; the next one does too."""
 INFRASTRUCTURE = frozenset({"NoCapacity", "ClusterUnreachable", "StoreUnreachable", "Stopped"})
 """Reasons that are none of the run's doing; such an attempt is lost and does not count."""
 EXIT_WRONG_INPUT = 2
@@ -372,8 +375,9 @@ class _Look:
             return self.say(phase, *self.worst("HeadUnreachable", text), self.patience())
         self.condition("ClusterReady", True, "HeadReady", "")
         if head.job is None:
-            changed_ever = self.status.changes > 0
-            self.act(submission(self.desired, attempt.number, self.raw, changed=changed_ever))
+            drove = any(past.reason != HELD for past in self.status.attempts[:-1])
+            changes = self.status.changes > 0
+            self.act(submission(self.desired, attempt.number, self.raw, take_over=drove, changed=changes))
             self.condition("Progressing", True, "Submitting", "")
             return self.say("Starting", "Submitting", f"attempt {attempt.number} is submitted", SOON_S)
         document = head.document

@@ -102,9 +102,17 @@ def submission_id(run: Desired, attempt: int) -> str:
     return jobs.submission_id(f"{run_id(run)}.{run.uid.replace('-', '')[:8]}", attempt)
 
 
-def submission(run: Desired, attempt: int, raw: Mapping[str, Any], *, changed: bool) -> Submit:
-    """The driver's job. ``raw`` is the spec as written; ``changed``: whether the run began under another one."""
-    line = jobs.entrypoint(RUN_FILE, run_id(run), take_over=attempt > 1, accept_changes=changed)
+def submission(run: Desired, attempt: int, raw: Mapping[str, Any], *, take_over: bool, changed: bool) -> Submit:
+    """The driver's job.
+
+    Args:
+        run: whose.
+        attempt: which one, from 1.
+        raw: the spec as written.
+        take_over: whether the run is this TrainingRun's, so that a driver that is still at it has to go.
+        changed: whether the run began under another spec.
+    """
+    line = jobs.entrypoint(RUN_FILE, run_id(run), take_over=take_over, accept_changes=changed)
     if "uri" not in ((raw.get("run") or {}).get("store") or {}):
         line += f' ${{{STORE_VARIABLE}:+--set "store.uri=${STORE_VARIABLE}"}}'
     return Submit(

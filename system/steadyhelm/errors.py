@@ -17,6 +17,7 @@
         │   ├── ObjectExistsError     a conditional create met an existing object
         │   └── CorruptObjectError    an object's bytes do not match their checksum or format
         ├── FencedError          another attempt has taken the run over
+        ├── HeldError            another driver is at the run, and this one was not told to take over
         ├── NonFiniteError       a loss or a gradient is NaN or infinite
         ├── StoppedError         a signal ended the command; ``signal`` says which
         ├── UnscoredError        a sample could not be scored and the run file says ``stop``
@@ -125,6 +126,12 @@ class FencedError(FatalError):
     """Another attempt has taken the run over; this one must stop writing."""
 
     reason = "TakenOver"
+
+
+class HeldError(FatalError):
+    """Another driver is at the run, and this one was not told to take it over."""
+
+    reason = "RunHeld"
 
 
 class NonFiniteError(FatalError):

@@ -252,6 +252,7 @@ ENDS = {
     "a store that is away": ("FAILED", 1, "StoreUnreachable", "Lost", "StoreUnreachable"),
     "a store that refuses the key": ("FAILED", 1, "StoreRefused", "Failed", "StoreRefused"),
     "a full disk": ("FAILED", 1, "DiskFull", "Failed", "DiskFull"),
+    "another driver at the run": ("FAILED", 1, "RunHeld", "Failed", "RunHeld"),
 }
 
 
@@ -336,17 +337,30 @@ def test_a_warning_says_what_to_do(made: Callable[[], World], reason: str, words
     assert [(notice.reason, words in notice.message) for notice in warnings] == [(reason, True)]
 
 
-def test_what_is_wrong_with_the_input_is_not_tried_again():
-    world = running(shared())
-    world.say("failed", reason="BadData", message="record 7 has no label")
-    world.driver_ends("FAILED", 2)
+@pytest.mark.parametrize(
+    ("reason", "code", "message"),
+    [("BadData", 2, "record 7 has no label"), ("TakenOver", 1, "another attempt has taken the run over")],
+)
+def test_what_another_attempt_would_meet_again_is_not_tried_again(reason: str, code: int, message: str):
+    world = running(shared(failurePolicy={"backoffSeconds": 0}))
+    world.say("failed", reason=reason, message=message)
+    world.driver_ends("FAILED", code)
     world.settle()
-    assert (world.status.phase, world.status.reason, world.status.message) == (
-        "Failed",
-        "BadData",
-        "record 7 has no label",
-    )
+    assert (world.status.phase, world.status.reason, world.status.message) == ("Failed", reason, message)
     assert (world.status.attempt, world.live) == (1, [])
+
+
+def test_a_run_that_somebody_else_drives_is_not_taken_from_them():
+    world = shared(failurePolicy={"backoffSeconds": 0, "maxAttempts": 3})
+    for _ in range(3):
+        running(world)
+        world.say("failed", reason="RunHeld", message="another driver is running run 'digits'")
+        world.driver_ends("FAILED", 1)
+        world.look()
+    lines = [action.entrypoint for made in world.decisions for action in made.actions if isinstance(action, Submit)]
+    assert ["--take-over" in line for line in lines] == [False] * 3
+    world.settle()
+    assert (world.status.phase, world.status.reason, world.status.attempt) == ("Failed", "RunHeld", 3)
 
 
 def test_failures_in_a_row_end_the_run():

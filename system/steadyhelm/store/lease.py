@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from steadyhelm.errors import FatalError, ObjectExistsError, ObjectMissingError, StoreError
+from steadyhelm.errors import HeldError, ObjectExistsError, ObjectMissingError, StoreError
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.telemetry import EventSink, Notice
@@ -54,7 +54,7 @@ def leased(
         renew_s: seconds between renewals.
         lapse_s: how long a lease has to stand still before it counts as lapsed.
 
-    Raises FatalError where another driver renews it and ``take_over`` is False.
+    Raises HeldError where another driver renews it and ``take_over`` is False.
     """
     lease = _Lease(store, run)
     while not lease.create():
@@ -142,7 +142,7 @@ def signature(owner: Mapping[str, Any]) -> str:
 
 
 def _lapses(lease: _Lease, found: dict[str, Any], tell: EventSink, lapse_s: float) -> bool:
-    """Watches the lease; True where it stands still for ``lapse_s``, False where it is gone. Raises FatalError."""
+    """Watches the lease; True where it stands still for ``lapse_s``, False where it is gone. Raises HeldError."""
     holder = signature(found)
     tell(
         Notice(text=f"Run {lease.run} was driven by {holder}: waits up to {lapse_s:.0f} s to see whether it still is.")
@@ -154,7 +154,7 @@ def _lapses(lease: _Lease, found: dict[str, Any], tell: EventSink, lapse_s: floa
         if now is None:
             return False
         if now != found:
-            raise FatalError(
+            raise HeldError(
                 f"another driver is running run {lease.run!r} ({holder}): wait for it, stop it, or take the run over "
                 "with --take-over"
             )

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from steadyhelm.errors import FatalError, StoreError
+from steadyhelm.errors import HeldError, StoreError
 from steadyhelm.store import LocalStore, ObjectStore
 from steadyhelm.store.layout import RunLayout
 from steadyhelm.store.lease import LAPSE_S, leased, present_lease, signature
@@ -42,7 +42,7 @@ def held(store: ObjectStore, run: str, *, take_over: bool = False, tell: EventSi
         tell: takes a notice where it has to wait whether the owner of a lease still renews it.
 
     Raises:
-        FatalError: another process holds it and ``take_over`` is False; says its pid and host.
+        HeldError: another process holds it and ``take_over`` is False; says its pid and host.
         StoreError: the lock file cannot be made.
     """
     if not isinstance(store, LocalStore):
@@ -60,7 +60,7 @@ def held(store: ObjectStore, run: str, *, take_over: bool = False, tell: EventSi
         if locked:
             _sign(descriptor, str(path))
         elif not take_over:
-            raise FatalError(
+            raise HeldError(
                 f"another driver is running run {run!r} in {store.uri} ({_signature(descriptor)}): wait for it, stop "
                 "it, or take the run over with --take-over"
             )

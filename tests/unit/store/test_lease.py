@@ -2,7 +2,7 @@ import json
 import threading
 
 import pytest
-from steadyhelm.errors import FatalError, StoreError
+from steadyhelm.errors import HeldError, StoreError
 from steadyhelm.store.lease import leased
 from steadyhelm.store.liveness import held
 from steadyhelm.testing.memory_store import MemoryStore
@@ -51,7 +51,7 @@ def test_a_lease_that_moves_belongs_to_a_living_driver():
     store, told = MemoryStore(), []
     with hold(store):
         before = owner(store)
-        with pytest.raises(FatalError, match=r"another driver is running run 'run' \(pid \d+ on .*--take-over"):
+        with pytest.raises(HeldError, match=r"another driver is running run 'run' \(pid \d+ on .*--take-over"):
             hold(store, told.append).__enter__()
         assert owner(store) == before
     assert [notice.text.endswith(": waits up to 60 s to see whether it still is.") for notice in told] == [True]

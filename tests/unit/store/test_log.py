@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, PolicyVersion, WeightsRecord
-from steadyhelm.errors import CorruptObjectError, DeadlineError, FatalError, FencedError, ObjectMissingError, StoreError
+from steadyhelm.errors import CorruptObjectError, DeadlineError, FencedError, HeldError, ObjectMissingError, StoreError
 from steadyhelm.store import LocalStore
 from steadyhelm.store.liveness import held
 from steadyhelm.store.log import CommitLog, entry_bytes, make_entry
@@ -395,7 +395,7 @@ def test_a_second_driver_is_told_who_holds_the_run_unless_it_takes_over(tmp_path
     holder = ON_FORK.Process(target=hold)
     holder.start()
     assert ready.wait(30)
-    with pytest.raises(FatalError, match=rf"pid {holder.pid} on .*--take-over"), held(store, "run"):
+    with pytest.raises(HeldError, match=rf"pid {holder.pid} on .*--take-over"), held(store, "run"):
         pass
     with held(store, "run", take_over=True) as locked:
         assert not locked
