@@ -222,6 +222,11 @@ def test_only_the_autoscaler_holds_a_token_of_the_kubernetes_api(render: Render)
     assert holders == {"headgroup/autoscaler"}
 
 
+def test_the_autoscaler_looks_as_often_as_the_values_say(render: Render):
+    options = one(render({"autoscaling": {"lookSeconds": 7}}), "RayCluster")["spec"]["autoscalerOptions"]
+    assert {"name": "AUTOSCALER_UPDATE_INTERVAL_S", "value": "7"} in options["env"]
+
+
 def test_without_the_autoscaler_every_pool_has_its_least(render: Render):
     cluster = one(render({"autoscaling": {"enabled": False}, "pools": {"rollout": {"min": 3}}}), "RayCluster")["spec"]
     counts = {g["groupName"]: (g["minReplicas"], g["replicas"], g["maxReplicas"]) for g in cluster["workerGroupSpecs"]}
