@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,23 @@ from tests.programs import fetched
 
 KEEP = "STEADYHELM_KEEP_RELEASE" in os.environ
 """Whether what is installed stays, for the next try on a cluster that KUBECONFIG names."""
+FAILED = pytest.StashKey[str]()
 RAY_CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes which step of the story on the cluster has failed."""
+    report = yield
+    if report.failed and item.get_closest_marker("cluster"):
+        item.session.stash.setdefault(FAILED, item.name)
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Behind a step that failed no other is taken, each of which would wait for what does not come."""
+    if item.get_closest_marker("cluster") and (failed := item.session.stash.get(FAILED, "")):
+        pytest.skip(f"the story has ended with {failed}")
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from tests.cluster.runs import (
     delete,
     digits_records,
     digits_run,
+    document,
     events,
     goes_on,
     own_cluster,
@@ -47,7 +48,7 @@ def test_a_training_run_goes_on_with_the_run_that_was_submitted(kubernetes: Kube
     begun = until(kubernetes, STORY, "it is at work", lambda said: said["phase"] == "Running" and said["iteration"] > 0)
     assert begun["iterations"] == 5000
     on = goes_on(kubernetes, STORY, attempt=1)
-    assert on["policyVersion"].endswith(".3"), "the third attempt at the run in the store"
+    assert document(kubernetes)["version"]["attempt"] == 3, "the third attempt at the run in the store"
     assert (on["engines"], on["cluster"]) == ("1/1", RELEASE)
 
 
