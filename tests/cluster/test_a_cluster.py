@@ -110,6 +110,7 @@ def test_a_submitted_run_trains_and_outlives_its_rollout_pod(
     steadyhelm(kubernetes, *story)  # finds the job that is there
     job = newest(kubernetes)
     assert (job["submission_id"], job["status"]) == (f"{STORY}.1", "RUNNING")
+    assert '"event": "IterationDone"' in steadyhelm(kubernetes, "logs", STORY, "--log-format", "json")
 
     replaced(kubernetes, "rollout")
     so_far = reached(kubernetes, iteration=2)
