@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from steadyhelm_operator.crd import crd
 from steadyhelm_operator.testing import FakeHeads
-from steadyhelm_operator.testing.kuberay import WORKERS, KubeRay
+from steadyhelm_operator.testing.kuberay import WORKERS, KubeRayStandIn
 from steadyhelm_operator.testing.nodes import PODS, nodes
 from steadyhelm_operator.testing.server import OPERATOR, Api, api_server, ended
 from table import Row, main
@@ -252,7 +252,7 @@ def cost(folder: Path, number: int, settle_s: float, steady_s: float) -> Cost:
             lambda: all(admin.call("GET", place)[0] == 200 for place in (RUNS, CLUSTERS)), "both kinds are served", 60
         )
         stack.enter_context(nodes(kubernetes, kwok, admin, folder, -(-number * (WORKERS + 1) // PODS)))
-        kuberay = KubeRay(admin)
+        kuberay = KubeRayStandIn(admin)
         stack.enter_context(kuberay.at_work())
         read = lists(admin)
         its = stack.enter_context(operator(account.kubeconfig(folder / "kubeconfig"), url, folder))

@@ -36,6 +36,7 @@ def main(words: list[str] | None = None) -> None:
 
     def tick() -> None:
         metrics.phases(controller.phases())
+        metrics.longest_wait.set(controller.longest_wait_s())
         metrics.queued.set(len(controller.queue))
 
     if given.metrics_port:

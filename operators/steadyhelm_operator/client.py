@@ -213,9 +213,10 @@ class Heads:
                 return HeadView(reachable=True)
             return HeadView(reachable=True, job=_view(job), document=self._last_words(cluster, job, run))
         except SteadyhelmError as error:
-            if isinstance(error, TokenRefusedError):
+            refused = isinstance(error, TokenRefusedError)
+            if refused:
                 self._tokens.pop((cluster.namespace, cluster.secret), None)  # it may have been replaced
-            return HeadView(reachable=False, problem=str(error).rstrip("."))
+            return HeadView(reachable=False, refused=refused, problem=str(error).rstrip("."))
 
     def submit(self, cluster: ClusterView, request: Submit) -> None:
         """Ships the files and submits the job, unless one of that id is there."""
@@ -255,7 +256,10 @@ class Heads:
             return ""
         key = cluster.namespace, cluster.secret
         if key not in self._tokens:
-            self._tokens[key] = self._kubernetes.secret(*key, TOKEN_KEY)
+            try:
+                self._tokens[key] = self._kubernetes.secret(*key, TOKEN_KEY)
+            except (MissingError, RequestRefusedError) as error:
+                raise TokenRefusedError(f"the token cannot be read: {error}") from error
         return self._tokens[key]
 
     def _last_words(self, cluster: ClusterView, job: Job, run: str) -> RunStatus | None:

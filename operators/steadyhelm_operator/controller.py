@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from steadyhelm.errors import SteadyhelmError
+from steadyhelm.errors import RequestRefusedError, SteadyhelmError
 from steadyhelm.jobs import doubling
 
 from steadyhelm_operator import resources
@@ -53,8 +53,12 @@ PROGRESS_S = 30.0
 """How often a status is written of which nothing else has changed."""
 PODS_S = 15.0
 """How often the pods of a cluster are looked at that are not all ready, and how old it is when they first are."""
+PODLESS_S = 30.0
+"""How long KubeRay may take to make a cluster's first pod, before it is taken to refuse the cluster."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Bounds of the pause behind an error."""
+WAITING = frozenset({"Provisioning", "Starting", "Recovering"})
+"""Phases of runs that wait for a cluster or a driver."""
 SPREAD = 0.1
 """Share by which the time of the next look is spread, so that runs do not come all at once."""
 
@@ -89,6 +93,9 @@ class Controller:
         self._where: dict[Name, Name] = {}
         self._written: dict[Name, float] = {}
         self._pods: dict[Name, tuple[float, tuple[Problem, ...]]] = {}
+        self._unready: dict[Name, datetime] = {}
+        self._refused: dict[Name, Problem] = {}
+        self._waiting: dict[Name, datetime] = {}
         self._pauses: dict[Name, Iterator[float]] = {}
         self._told: dict[Name, str] = {}
         self._threads: list[threading.Thread] = []
@@ -126,7 +133,18 @@ class Controller:
     def phases(self) -> list[str]:
         """The phases of all runs."""
         with self._lock:
-            return [str((body.get("status") or {}).get("phase", "Pending")) for body in self._runs.values()]
+            return [_phase(body) for body in self._runs.values()]
+
+    def longest_wait_s(self) -> float:
+        """Seconds for which the one run has waited for its cluster or driver that has waited longest.
+
+        A wait begins where this process first sees it, so ask often.
+        """
+        now = self._clock()
+        with self._lock:
+            names = [name for name, body in self._runs.items() if _phase(body) in WAITING]
+        self._waiting = {name: self._waiting.get(name, now) for name in names}
+        return max(((now - since).total_seconds() for since in self._waiting.values()), default=0.0)
 
     # ---- threads ----
 
@@ -220,7 +238,8 @@ class Controller:
         asks = bool(status.cluster_uid) or not makes
         cluster = self._cluster(name, (run.namespace, called), asks=asks) if called else None
         if cluster is None:
-            return Observed()
+            refused = self._refused.get(name)
+            return Observed(problems=(refused,) if refused is not None else ())
         last, head = status.last, None
         asks = last is not None and (last.alive or run.deleting_since is not None)
         if asks and last is not None and cluster.head_ready:
@@ -253,11 +272,15 @@ class Controller:
         mute = head is not None and document is None and (not head.reachable or run.status.phase == "Starting")
         if (up and not waits and not mute) or run.deleting_since is not None or cluster.suspend:
             self._pods.pop(name, None)
+            self._unready.pop(name, None)
             return ()
+        since = self._unready.setdefault(name, self._clock())
         when, found = self._pods.get(name, (float("-inf"), ()))
         fresh = cluster.created is not None and (self._clock() - cluster.created).total_seconds() < PODS_S
         if not fresh and time.monotonic() - when > PODS_S:
-            found = resources.problems(self._kubernetes.pods(cluster))
+            pods = self._kubernetes.pods(cluster)
+            late = (self._clock() - since).total_seconds() > PODLESS_S
+            found = resources.problems(pods) if pods or not late else (resources.podless(cluster),)
             self._pods[name] = (time.monotonic(), found)
         return found
 
@@ -292,14 +315,7 @@ class Controller:
             case Hold() | Release():
                 self._finalize(name, hold=isinstance(action, Hold))
             case CreateCluster(manifest=manifest):
-                try:
-                    self._see(self._kubernetes.create_cluster(manifest))
-                except MissingError:
-                    raise MissingError("Kubernetes knows no RayClusters: install KubeRay") from None
-                except ConflictError:  # there is one, of which the watch has not told yet
-                    found = self._kubernetes.cluster(name[0], manifest["metadata"]["name"])
-                    if found is not None:
-                        self._see(found)
+                self._create(name, manifest)
             case SuspendCluster(cluster=own, suspend=suspend):
                 try:
                     self._see(self._kubernetes.patch_cluster(own, resources.suspend_patch(own, suspend=suspend)))
@@ -318,6 +334,27 @@ class Controller:
                     self._heads.forget(cluster, job)
                 except SteadyhelmError as error:
                     log.warning("%s/%s: the record of job %s stays: %s", *name, job, error)
+
+    def _create(self, name: Name, manifest: Mapping[str, Any]) -> None:
+        """Makes a cluster; that it is refused is seen by the next look, for the status to say it."""
+        found: Mapping[str, Any] | None = None
+        refused: Problem | None = None
+        try:
+            found = self._kubernetes.create_cluster(manifest)
+        except ConflictError:  # there is one, of which the watch has not told yet
+            found = self._kubernetes.cluster(name[0], manifest["metadata"]["name"])
+        except MissingError:
+            refused = Problem(reason="NoKubeRay", message="Kubernetes knows no RayClusters: install KubeRay")
+        except RequestRefusedError as error:
+            remedy = "correct spec.cluster.template, or what else it names"
+            refused = Problem(reason="ClusterRefused", message=f"the RayCluster is refused: {error} ({remedy})"[:2000])
+        if refused is None:
+            self._refused.pop(name, None)
+        else:
+            self._refused[name] = refused
+            log.warning("%s/%s: %s", *name, refused.message)
+        if found is not None:
+            self._see(found)
 
     def _finalize(self, name: Name, *, hold: bool) -> None:
         with self._lock:
@@ -366,7 +403,7 @@ class Controller:
             self._on[where].discard(name)
             if not self._on[where]:
                 del self._on[where]
-        for kept in (self._written, self._pods, self._pauses, self._told):
+        for kept in (self._written, self._pods, self._unready, self._refused, self._pauses, self._told):
             kept.pop(name, None)
 
     def _see(self, body: Mapping[str, Any]) -> None:
@@ -379,6 +416,10 @@ class Controller:
 
 def _name(body: Mapping[str, Any]) -> Name:
     return body["metadata"]["namespace"], body["metadata"]["name"]
+
+
+def _phase(body: Mapping[str, Any]) -> str:
+    return str((body.get("status") or {}).get("phase", "Pending"))
 
 
 def _older(body: Mapping[str, Any], than: Mapping[str, Any]) -> bool:

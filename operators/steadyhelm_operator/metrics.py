@@ -44,6 +44,11 @@ class Metrics:
             "steadyhelm_operator_submissions", "Drivers that were submitted.", registry=self.registry
         )
         self.runs = Gauge("steadyhelm_operator_runs", "TrainingRuns by phase.", ("phase",), registry=self.registry)
+        self.longest_wait = Gauge(
+            "steadyhelm_operator_longest_wait_seconds",
+            "How long the one TrainingRun has been Provisioning, Starting or Recovering that has been so longest.",
+            registry=self.registry,
+        )
         self.queued = Gauge(
             "steadyhelm_operator_queued", "TrainingRuns that wait for a look, now or later.", registry=self.registry
         )

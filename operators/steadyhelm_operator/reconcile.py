@@ -400,6 +400,10 @@ class _Look:
         head = self.seen.head
         if head is None or not head.problem:
             return "the head's pod is not ready; KubeRay replaces a lost head, then the run goes on"
+        if head.refused:
+            remedy = "the operator has to be allowed to read that Secret (rbac.tokenSecrets), and it to be the head's"
+            secret = self.seen.cluster.secret if self.seen.cluster is not None else ""
+            return f"the head takes no token of Secret {secret!r} ({head.problem}): {remedy}"
         remedy = "networkPolicy.apiFrom of the cluster's chart has to name the operator's namespace"
         return f"the head does not answer, though its pod is ready ({head.problem}): see its log; {remedy}"
 
@@ -427,10 +431,10 @@ class _Look:
                 self.condition("ClusterReady", False, "ClusterMissing", text)
                 return self.say(waiting, "ClusterMissing", text, WATCHED_S)
             self.act(CreateCluster(manifest=ray_cluster(self.desired, spec.cluster)))
-            self.condition("ClusterReady", False, "Creating", "")
-            return self.say(
-                waiting if self.status.attempts else "Provisioning", "CreatingCluster", "its RayCluster is made", SOON_S
-            )
+            reason, text = self.worst("CreatingCluster", "asks Kubernetes for its RayCluster")
+            self.condition("ClusterReady", False, reason, text)
+            phase: Phase = waiting if self.status.attempts else "Provisioning"
+            return self.say(phase, reason, text, WATCHED_S if self.seen.problems else SOON_S)
         if not self.usable(spec, cluster):
             return None
         retry_at = instant(self.status.retry_at)
@@ -571,7 +575,7 @@ def changes(old: Status, new: Status) -> tuple[Notice, ...]:
 _TELLING = ("Pending", "Queued", "Provisioning", "Starting", "Running", "Recovering", "Failed", "Terminating")
 _IN_THE_WAY = frozenset(
     {
-        "BadRunFile", "ClusterMissing", "NameTaken", "NoCapacity", "ImagePull", "PodConfig", "PodCrash", "OutOfMemory",
-        "DiskFull", "HeadUnreachable", "GaveUpStopping",
+        "BadRunFile", "ClusterMissing", "ClusterRefused", "NoKubeRay", "NoPods", "NameTaken", "NoCapacity", "ImagePull",
+        "PodConfig", "PodCrash", "OutOfMemory", "DiskFull", "HeadUnreachable", "GaveUpStopping",
     }
 )  # fmt: skip

@@ -253,6 +253,12 @@ def problems(pods: Iterable[Mapping[str, Any]]) -> tuple[Problem, ...]:
     )
 
 
+def podless(cluster: ClusterView) -> Problem:
+    """What is wrong with a cluster for which KubeRay makes no pods: it refuses specs in events of the cluster alone."""
+    see = f"see `kubectl describe raycluster {cluster.name} -n {cluster.namespace}`, and KubeRay's log"
+    return Problem(reason="NoPods", message=f"KubeRay has made no pods: {cluster.message or see}")
+
+
 def _pool(pod: Mapping[str, Any]) -> str:
     labels = pod["metadata"].get("labels") or {}
     return str(labels.get("app.kubernetes.io/component") or labels.get("ray.io/group") or "Ray")

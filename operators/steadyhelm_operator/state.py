@@ -107,12 +107,14 @@ class HeadView:
 
     Attributes:
         reachable: whether the Jobs API answered; ``problem`` says why not.
+        refused: whether that is for want of the right token.
         job: the newest attempt's; None where the Jobs API knows none of that id.
         document: what that attempt's driver says, or said last.
     """
 
     reachable: bool
     problem: str = ""
+    refused: bool = False
     job: JobView | None = None
     document: RunStatus | None = None
 

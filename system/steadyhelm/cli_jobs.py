@@ -90,7 +90,8 @@ def submit(
     command = entrypoint(file.name, run, sets=sets or (), take_over=take_over, accept_changes=accept_changes)
     with _cluster(address, release, namespace, token_file) as cluster:
         jobs, about, say = cluster.jobs, {"file": file.name}, partial(typer.echo, err=True)
-        patiently(jobs.list, say, ANSWER_S)  # a wrong token is said at once, a wrong address soon
+        known = patiently(jobs.list, say, ANSWER_S)  # a wrong token is said at once, a wrong address soon
+        _warn_of_training_run(runs.newest(known, run), run)
         job, adopted = patiently(lambda: runs.send(jobs, run, command, jobs.upload(files), about), say)
         what = "runs already as" if adopted else "is sent as"
         typer.echo(f"run {run} {what} job {job.submission_id} at {jobs.address}", err=True)
@@ -243,7 +244,7 @@ def _cluster(
 
     from steadyhelm.errors import ConfigError
     from steadyhelm.jobs import API_PORT, STATUS_PORT, Jobs, api_token
-    from steadyhelm.jobs.forward import PortForward, secret_token
+    from steadyhelm.jobs.forward import PortForward
 
     try:
         token = api_token(os.environ, token_file)
@@ -252,7 +253,7 @@ def _cluster(
     file = ("--token-file", str(token_file)) if token_file else ()
     if release:
         again = ("--release", release, *(("--namespace", namespace) if namespace else ()), *file)
-        token = token if token_file else secret_token(release, namespace) or token
+        token = token if token_file else _release_token(release, namespace, token)
         with PortForward(release, namespace) as forward:
             api, served = (f"http://127.0.0.1:{forward.local[port]}" for port in (API_PORT, STATUS_PORT))
             yield Cluster(
@@ -268,6 +269,19 @@ def _cluster(
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     served = status_address or f"{parts.scheme}://{host}:{STATUS_PORT}"
     yield Cluster(jobs=jobs, token=token, status_address=served, again=("--address", address, *file))
+
+
+def _release_token(release: str, namespace: str, otherwise: str) -> str:
+    """The release's token; ``otherwise`` where it has none, or where the user has that but may not read the Secret."""
+    from steadyhelm.errors import UnreachableError
+    from steadyhelm.jobs.forward import secret_token
+
+    try:
+        return secret_token(release, namespace) or otherwise
+    except UnreachableError:
+        if not otherwise:
+            raise
+        return otherwise
 
 
 def _follow(cluster: Cluster, run: str, submission_id: str, *, quiet: bool, log_format: LogFormat) -> int:
@@ -295,6 +309,14 @@ def _exit_code(job: Job) -> int:
     if code is None:
         return 143 if job.status == "STOPPED" else 1
     return 128 - code if code < 0 else code
+
+
+def _warn_of_training_run(last: Job | None, run: str) -> None:
+    """Says that a TrainingRun, if it is still there, may send the run that ``last`` drove once more."""
+    from steadyhelm.jobs import runs
+
+    if last is not None and last.ended and (owner := last.metadata.get(runs.TRAINING_RUN)):
+        typer.echo(f"run {run} was TrainingRun {owner}'s: suspend or delete that, or it sends the run too", err=True)
 
 
 def _say_how_to_come_back(cluster: Cluster, run: str) -> None:
@@ -359,7 +381,9 @@ def _status_of(cluster: Cluster, job: Job) -> tuple[RunStatus | None, str]:
 def _job_line(job: Job) -> str:
     began = f", since {datetime.fromtimestamp(job.start_time, UTC):%Y-%m-%d %H:%M:%S} UTC" if job.start_time else ""
     code = f", exit code {_exit_code(job)}" if job.ended and job.driver_exit_code is not None else ""
-    return f"{job.metadata.get('run', job.submission_id)}  {job.status.lower()}{code}  job {job.submission_id}{began}"
+    owner = f" of TrainingRun {job.metadata['trainingrun']}" if "trainingrun" in job.metadata else ""
+    name = job.metadata.get("run", job.submission_id)
+    return f"{name}  {job.status.lower()}{code}  job {job.submission_id}{owner}{began}"
 
 
 def _status_lines(found: RunStatus) -> list[str]:

@@ -78,8 +78,8 @@ def test_all_images_have_one_python(containers: dict[str, str]):
 
 def test_the_operators_image_has_the_operator_and_neither_ray_nor_torch(containers: dict[str, str]):
     script = "from importlib.util import find_spec; import steadyhelm_operator.controller; "
-    script += "print([find_spec(name) is not None for name in ('kopf', 'ray', 'torch')])"
-    assert run(containers["operator"], "python", "-c", script) == "[True, False, False]"
+    script += "print([find_spec(name) is not None for name in ('kopf', 'ray', 'torch', 'steadyhelm_operator.testing')])"
+    assert run(containers["operator"], "python", "-c", script) == "[True, False, False, False]"
 
 
 def test_the_cpu_image_has_the_charts_ray_and_reads_the_run_files_that_it_brings(containers: dict[str, str]):

@@ -169,3 +169,5 @@ def test_nothing_of_one_machine_and_no_secret_is_in_it(role: str):
     context = (ROOT / ".dockerignore").read_text().splitlines()
     assert context[0] == "*", "only what is named goes to the builder"
     assert not {"!.git", "!runs", "!tests"} & set(context)
+    stand_ins = "operators/steadyhelm_operator/testing"
+    assert context.index(stand_ins) > context.index("!operators"), "the last pattern that fits decides"

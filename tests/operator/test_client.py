@@ -182,6 +182,7 @@ def test_a_head_that_refuses_the_token_is_out_of_reach_until_the_secret_has_the_
     heads.token = "rotated"
     found = client.view(CLUSTER, ATTEMPT, "digits")
     assert (found.reachable, "token" in found.problem, "secret" in found.problem) == (False, True, False)
+    assert found.refused
     client._kubernetes.secrets["ns", "rl", "auth_token"] = "rotated"
     assert client.view(CLUSTER, ATTEMPT, "digits").reachable
 
@@ -190,7 +191,7 @@ def test_a_head_without_a_secret_is_out_of_reach_and_says_which(fake: tuple[Fake
     _, client = fake
     client._kubernetes.secrets.clear()
     found = client.view(CLUSTER, ATTEMPT, "digits")
-    assert (found.reachable, "Secret 'rl' in ns" in found.problem) == (False, True)
+    assert (found.reachable, found.refused, "Secret 'rl' in ns" in found.problem) == (False, True, True)
 
 
 def test_a_head_that_is_down_is_out_of_reach(fake: tuple[FakeHeads, Heads]):

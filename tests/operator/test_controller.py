@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from steadyhelm.errors import UnreachableError
+from steadyhelm.errors import RequestRefusedError, UnreachableError
 from steadyhelm_operator.api import FINALIZER
-from steadyhelm_operator.client import Heads
+from steadyhelm_operator.client import Heads, MissingError
 from steadyhelm_operator.controller import Controller
 from steadyhelm_operator.testing import READY, SUSPENDED, FakeHeads, MemoryKubernetes
 
@@ -204,17 +204,63 @@ def test_a_server_that_fails_is_asked_again_later_and_the_user_is_told_once(oper
     assert operator.heads.live(*NAME) == ["digits.uidofdig.1"]
 
 
-def test_without_kuberay_the_user_is_told_to_install_it(operator: Operator):
-    from steadyhelm_operator.client import MissingError
+REFUSED = {
+    "NoKubeRay": (MissingError("404"), "install KubeRay"),
+    "ClusterRefused": (RequestRefusedError("POST …: HTTP 422: spec.headGroupSpec: Required value"), "Required value"),
+}
 
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_cluster_that_cannot_be_made_is_named_in_the_status_until_it_can(operator: Operator, reason: str):
+    error, words = REFUSED[reason]
     operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
 
-    def unknown(manifest: Any) -> Any:
-        raise MissingError("404")
+    def refuse(manifest: Any) -> Any:
+        raise error
 
-    operator.kubernetes.create_cluster = unknown
-    operator.looks(3)
-    assert "install KubeRay" in operator.kubernetes.events[-1]["note"]
+    create, operator.kubernetes.create_cluster = operator.kubernetes.create_cluster, refuse
+    operator.looks(5)
+    assert (operator.status["phase"], operator.status["reason"]) == ("Provisioning", reason)
+    assert words in operator.status["message"]
+    (ready,) = (found for found in operator.status["conditions"] if found["type"] == "ClusterReady")
+    assert (ready["status"], ready["reason"]) == ("False", reason)
+    told = [event["type"] for event in operator.kubernetes.events if event["reason"] == reason]
+    assert told == ["Warning"]
+    operator.kubernetes.create_cluster = create
+    operator.looks()
+    assert operator.status["phase"] == "Running"
+
+
+def test_a_cluster_for_which_kuberay_makes_no_pods_is_named_within_a_minute(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("steadyhelm_operator.controller.PODS_S", 0.0)
+    operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
+    reasons = []
+    for _ in range(7):
+        operator.controller.look(NAME)
+        reasons.append(operator.status.get("reason"))
+        operator.now += timedelta(seconds=10)
+    assert reasons[2:5] == ["PodsNotReady"] * 3
+    assert (operator.status["phase"], operator.status["reason"]) == ("Provisioning", "NoPods")
+    assert "kubectl describe raycluster digits -n ns" in operator.status["message"]
+    operator.looks()
+    assert operator.status["phase"] == "Running"
+
+
+def test_the_longest_wait_is_of_one_run_and_not_of_runs_that_take_turns(operator: Operator):
+    def phase(name: str, phase: str) -> None:
+        operator.controller.run_changed("MODIFIED", {**training_run(name=name), "status": {"phase": phase}})
+
+    waits = []
+    for first, second in (("Starting", "Running"), ("Running", "Provisioning"), ("Starting", "Recovering")):
+        phase("a", first)
+        phase("b", second)
+        waits.append(operator.controller.longest_wait_s())
+        operator.now += timedelta(seconds=100)
+    assert waits == [0.0, 0.0, 100.0]
+    phase("b", "Succeeded")
+    assert operator.controller.longest_wait_s() == 100.0
 
 
 def test_what_is_wrong_with_pods_is_asked_now_and_then(operator: Operator):

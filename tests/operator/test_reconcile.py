@@ -294,6 +294,12 @@ def silent() -> World:
     return world
 
 
+def mistrustful() -> World:
+    world = silent()
+    world.refuses = True
+    return world
+
+
 def headless() -> World:
     world = running(own())
     world.lose_head()
@@ -324,6 +330,7 @@ REMEDIES = {
     ),
     "a head that is lost": (headless, "HeadUnreachable", "KubeRay replaces a lost head"),
     "a head that is silent": (silent, "HeadUnreachable", "networkPolicy.apiFrom"),
+    "a head that takes no token": (mistrustful, "HeadUnreachable", "rbac.tokenSecrets"),
     "a driver that cannot be stopped": (abandoned, "GaveUpStopping", "stop its job"),
 }  # fmt: skip
 

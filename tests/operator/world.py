@@ -50,6 +50,7 @@ class World:
         self.heads = 1
         self.submitted_to: list[tuple[int, str]] = []
         self.reachable = True
+        self.refuses = False
         self.committed = 0
         self.document: RunStatus | None = None
         self.problems: tuple[Problem, ...] = ()
@@ -82,7 +83,7 @@ class World:
         last, head = self.status.last, None
         if cluster is not None and cluster.head_ready and last is not None:
             if not self.reachable:
-                head = HeadView(reachable=False, problem="timed out")
+                head = HeadView(reachable=False, refused=self.refuses, problem="timed out")
             else:
                 head = HeadView(reachable=True, job=self.jobs.get(last.submission_id), document=self.document)
         return Observed(cluster=cluster, head=head, problems=self.problems)

@@ -23,7 +23,7 @@ WORKERS = 2
 _HEAD_READY = {"conditions": [{"type": "HeadPodReady", "status": "True"}]}
 
 
-class KubeRay:
+class KubeRayStandIn:
     """Makes a head and two workers for each RayCluster in a namespace, and says of it what they are.
 
     Args:

@@ -171,8 +171,8 @@ class Jobs:
             return known
         try:
             self._ask("POST", "/api/jobs/", json.dumps(request.to_json()).encode(), deadline_s=SLOW_S)
-        except UnreachableError:
-            # Ray answers HTTP 500 to an id that somebody else was faster with, and an answer may be lost.
+        except (UnreachableError, RequestRefusedError):
+            # Ray answers with an error to an id that somebody else was faster with, and an answer may be lost.
             known = self.get(request.submission_id)
             if known is None:
                 raise

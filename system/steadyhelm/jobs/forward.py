@@ -34,18 +34,28 @@ def kubectl(namespace: str) -> list[str]:
 def secret_token(release: str, namespace: str = "") -> str:
     """The Ray API's token of a release of the cluster chart; empty where it has none, as it asks for none.
 
+    It lies in the Secret of the release's name, or in the one that the RayCluster names (``auth.secretName``).
     Raises UnreachableError with kubectl's own words.
     """
-    command = [*kubectl(namespace), "get", "secret", release, "--output", "jsonpath={.data." + TOKEN_KEY + "}"]
+    encoded = _read("secret", release, ".data." + TOKEN_KEY, namespace)
+    if not encoded:
+        other = _read("raycluster", release, ".spec.authOptions.secretName", namespace)
+        encoded = _read("secret", other, ".data." + TOKEN_KEY, namespace) if other else ""
+    return base64.b64decode(encoded).decode().strip()
+
+
+def _read(kind: str, name: str, path: str, namespace: str) -> str:
+    """What stands at a path of an object; empty where there is no such thing. Raises UnreachableError."""
+    command = [*kubectl(namespace), "get", kind, name, "--output", f"jsonpath={{{path}}}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise UnreachableError(f"kubectl does not answer within {ASK_S:g} s: see whether the cluster is up") from error
     if done.returncode == 0:
-        return base64.b64decode(done.stdout).decode().strip()
+        return done.stdout
     if "NotFound" in done.stderr:
         return ""
-    raise UnreachableError(f"kubectl cannot read the secret {release!r}: {_last(done.stderr)}")
+    raise UnreachableError(f"kubectl cannot read the {kind} {name!r}: {_last(done.stderr)}")
 
 
 class PortForward:

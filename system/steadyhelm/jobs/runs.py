@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from steadyhelm.errors import ConfigError
 from steadyhelm.jobs.client import Job, JobRequest, Jobs, submission_id
 
-RUN, REQUEST = "run", "request"
-"""Keys of a job's metadata: the run's id, and a digest of all that was asked for."""
+RUN, REQUEST, TRAINING_RUN = "run", "request", "trainingrun"
+"""Keys of a job's metadata: the run's id, a digest of all that was asked for, and the TrainingRun, as namespace/name,
+whose operator sent it and names its jobs in its own way."""
 
 
 def attempt_of(job: Job, run: str) -> int:
-    """Which job of the run it is, from 1; 0 for another run's."""
+    """Which job of the run it is, from 1, by its submission id; 0 for another run's, and for a TrainingRun's."""
     beginning, _, number = job.submission_id.rpartition(".")
     return int(number) if f"{beginning}.1" == submission_id(run, 1) and number.isdecimal() else 0
 
 
 def newest(known: Sequence[Job], run: str) -> Job | None:
-    """The run's newest job among ``known``; None where it has none."""
-    return max((job for job in known if attempt_of(job, run)), key=lambda job: attempt_of(job, run), default=None)
+    """The run's newest job among ``known``, one that has not ended before any that has; None where it has none."""
+    own = [job for job in known if attempt_of(job, run) or job.metadata.get(RUN) == run]
+    return max(own, key=lambda job: (not job.ended, job.start_time or 0.0, attempt_of(job, run)), default=None)
 
 
 def named(jobs: Jobs, run: str) -> Job:
@@ -47,12 +49,13 @@ def send(jobs: Jobs, run: str, command: str, working_dir: str, metadata: dict[st
         working_dir: what ``Jobs.upload`` returned.
         metadata: more about the job, for people.
 
-    Raises ConfigError where the run is being driven by a job that was asked for something else.
+    Raises ConfigError where the run is being driven by a job that was asked for something else, or by a TrainingRun.
     """
     digest = hashlib.sha256(json.dumps([command, working_dir]).encode()).hexdigest()[:32]
-    there = newest(jobs.list(), run)
+    known = jobs.list()
+    there = newest(known, run)
     if there is None or there.ended:
-        attempt = attempt_of(there, run) + 1 if there is not None else 1
+        attempt = max((attempt_of(job, run) for job in known), default=0) + 1
         request = JobRequest(
             submission_id=submission_id(run, attempt),
             entrypoint=command,
@@ -62,6 +65,11 @@ def send(jobs: Jobs, run: str, command: str, working_dir: str, metadata: dict[st
         job, adopted = jobs.submit(request), False
     else:
         job, adopted = there, True
+    if TRAINING_RUN in job.metadata:
+        raise ConfigError(
+            f"run {run!r} is being driven by TrainingRun {job.metadata[TRAINING_RUN]} (job {job.submission_id!r}): "
+            "change, suspend or delete that, or give this run an id of its own with --id"
+        )
     if job.metadata.get(REQUEST, digest) != digest:
         raise ConfigError(
             f"run {run!r} is being driven by job {job.submission_id!r}, which was sent with another run file, other "

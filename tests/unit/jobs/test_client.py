@@ -65,6 +65,24 @@ def test_a_submission_whose_answer_is_lost_is_found(cluster: FakeCluster):
     assert jobs(cluster).submit(REQUEST).status == "RUNNING"
 
 
+@pytest.mark.parametrize("status", [400, 409])
+def test_an_answer_that_refuses_an_id_which_is_there_means_that_job(cluster: FakeCluster, status: int):
+    def faster(handler: http.server.BaseHTTPRequestHandler) -> bool:
+        if handler.command == "POST":
+            cluster.add("digits.1")
+            handler.answer(status, "digits.1 exists")
+        return handler.command == "POST"
+
+    cluster.broken = faster
+    assert jobs(cluster).submit(REQUEST).submission_id == "digits.1"
+
+
+def test_a_job_that_is_refused_and_not_there_is_an_error(cluster: FakeCluster):
+    cluster.broken = lambda handler: handler.command == "POST" and handler.answer(400, "no such runtime_env") is None
+    with pytest.raises(RequestRefusedError, match="no such runtime_env"):
+        jobs(cluster).submit(REQUEST)
+
+
 def test_a_cluster_that_fails_at_submitting_can_be_asked_again(cluster: FakeCluster):
     cluster.broken = lambda handler: handler.command == "POST" and handler.answer(500, "No available agent") is None
     with pytest.raises(UnreachableError, match="HTTP 500 to POST /api/jobs/: No available agent"):

@@ -154,6 +154,18 @@ class TestSubmitting:
         assert isinstance(steadyhelm(*command).exception, ConfigError)
         assert len(cluster.jobs) == 1
 
+    def test_a_run_that_a_training_run_drives_gets_no_second_driver(self, cluster: FakeCluster, folder: Path):
+        about = {"run": "digits-transformers", "trainingrun": "rl/digits"}
+        cluster.add("digits-transformers.0a1b2c3d.1", metadata=about)
+        command = ("submit", folder / "run.yaml", "--address", cluster.address, "--detach")
+        refused = steadyhelm(*command)
+        assert "is being driven by TrainingRun rl/digits" in str(refused.exception)
+        assert (exit_code(refused.exception), cluster.asked.count("POST /api/jobs/")) == (2, 0)
+        cluster.end("digits-transformers.0a1b2c3d.1", "STOPPED")
+        done = steadyhelm(*command)
+        assert "was TrainingRun rl/digits's: suspend or delete that" in done.stderr
+        assert "is sent as job digits-transformers.1" in done.stderr
+
     def test_ctrl_c_leaves_the_run_and_says_how_to_come_back(
         self, cluster: FakeCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
     ):
@@ -254,6 +266,25 @@ class TestLooking:
         finally:
             end()
 
+    def test_a_training_run_s_run_is_found_by_its_name(self, cluster: FakeCluster):
+        about = {"run": "digits", "trainingrun": "rl/digits"}
+        cluster.add("digits.0a1b2c3d.10", "FAILED", metadata=about, driver_exit_code=1)
+        cluster.add("digits.0a1b2c3d.11", metadata=about)
+        cluster.logs["digits.0a1b2c3d.11"] = "its words\n"
+        where = ("--address", cluster.address)
+        (line,) = steadyhelm("list", *where).stdout.splitlines()
+        assert line.startswith("digits  running  job digits.0a1b2c3d.11 of TrainingRun rl/digits, since")
+        assert line in steadyhelm("status", "digits", *where, "--status-address", "http://127.0.0.1:1").stdout
+        assert steadyhelm("logs", "digits", *where).stdout == "its words\n"
+        assert "digits  stopped  job digits.0a1b2c3d.11" in steadyhelm("stop", "digits", *where).stdout
+
+    def test_a_job_that_has_not_ended_is_the_run_s_before_a_later_one_that_has(self, cluster: FakeCluster):
+        cluster.add("digits.0a1b2c3d.3", metadata={"run": "digits", "trainingrun": "rl/digits"})
+        cluster.add("digits.1", "FAILED", metadata={"run": "digits"}, driver_exit_code=1)
+        assert "job digits.0a1b2c3d.3" in steadyhelm("list", "--address", cluster.address).stdout
+        cluster.end("digits.0a1b2c3d.3", "STOPPED")
+        assert "job digits.1," in steadyhelm("list", "--address", cluster.address).stdout
+
     def test_runs_are_listed_with_their_newest_jobs(self, cluster: FakeCluster):
         cluster.add("b.1", "SUCCEEDED", metadata={"run": "b"}, driver_exit_code=0)
         cluster.add("a.9", "FAILED", metadata={"run": "a"}, driver_exit_code=1)
@@ -295,10 +326,15 @@ arguments = sys.argv[1:]
 with open({log!r}, "a") as log:
     print(os.getpid(), *arguments, file=log)
 if "get" in arguments:
-    if {secret!r}:
+    kind, name = arguments[arguments.index("get") + 1:][:2]
+    if {forbidden!r}:
+        sys.exit('Error from server (Forbidden): secrets "rl" is forbidden')
+    elif kind == "raycluster" and {named!r} != "rl":
+        print({named!r}, end="")
+    elif kind == "secret" and name == {named!r} and {secret!r}:
         print({secret!r}, end="")
     else:
-        sys.exit('Error from server (NotFound): secrets "rl" not found')
+        sys.exit('Error from server (NotFound): ' + kind + ' "' + name + '" not found')
 elif {refuse!r}:
     sys.exit({refuse!r})
 else:
@@ -331,13 +367,21 @@ class TestReleases:
 
     @pytest.fixture
     def kubectl(self, cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        def make(token: str = TOKEN, refuse: str = "") -> Path:
+        def make(token: str = TOKEN, refuse: str = "", named: str = "rl", *, forbidden: bool = False) -> Path:
             log, program = tmp_path / "kubectl.log", tmp_path / "bin" / "kubectl"
             program.parent.mkdir(exist_ok=True)
             secret = base64.b64encode(token.encode()).decode()
             port = cluster.address.rpartition(":")[2]
             program.write_text(
-                KUBECTL.format(python=sys.executable, log=str(log), secret=secret, refuse=refuse, port=port)
+                KUBECTL.format(
+                    python=sys.executable,
+                    log=str(log),
+                    secret=secret,
+                    refuse=refuse,
+                    port=port,
+                    named=named,
+                    forbidden=forbidden,
+                )
             )
             program.chmod(program.stat().st_mode | stat.S_IXUSR)
             monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
@@ -371,6 +415,29 @@ class TestReleases:
             assert "".join(api.follow("a.1", patience_s=60)) == "all\n"
         assert len(log.read_text().splitlines()) == 2
         assert secret_token("rl") == TOKEN
+
+    def test_a_token_that_the_user_has_does_where_the_secret_may_not_be_read(
+        self, cluster: FakeCluster, kubectl, monkeypatch: pytest.MonkeyPatch
+    ):
+        kubectl(forbidden=True)
+        cluster.add("a.1", metadata={"run": "a"})
+        assert "a  running  job a.1" in steadyhelm("list", "--release", "rl").stdout
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        assert "kubectl cannot read the secret 'rl'" in str(steadyhelm("list", "--release", "rl").exception)
+
+    def test_a_release_with_a_secret_of_another_name_is_asked_which(
+        self, cluster: FakeCluster, kubectl, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        log = kubectl(named="team-token")
+        cluster.add("a.1", metadata={"run": "a"})
+        assert "a  running  job a.1" in steadyhelm("list", "--release", "rl").stdout
+        asked = [line.split(" ", 1)[1] for line in log.read_text().splitlines() if " get " in line]
+        assert asked == [
+            "get secret rl --output jsonpath={.data.auth_token}",
+            "get raycluster rl --output jsonpath={.spec.authOptions.secretName}",
+            "get secret team-token --output jsonpath={.data.auth_token}",
+        ]
 
     def test_kubectl_s_own_words_are_passed_on(self, kubectl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         kubectl(token="", refuse='Error from server (NotFound): services "rl-head-svc" not found')
