@@ -1,4 +1,4 @@
-"""Stand-ins for tests and benchmarks: heads of Ray clusters, KubeRay, a Kubernetes API in memory; and a real API server.
+"""Stand-ins for tests and benchmarks: for heads, KubeRay and the Kubernetes API; and a real API server of their own.
 
 They come with a checkout alone: no wheel and no image holds them.
 """
