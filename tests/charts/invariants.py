@@ -11,13 +11,13 @@ from tests.charts.objects import Manifest, Pod, groups, one, pods
 RESTRICTED_VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
 }  # fmt: skip
-UNITS = {"": 1.0, "m": 1e-3, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+UNITS = {"": 1.0, "m": 1e-3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 
 
 def quantity(text: str | int) -> float:
     """What Kubernetes reads in a quantity."""
-    number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", str(text)).groups()
-    return int(number) * UNITS[unit]
+    number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", str(text)).groups()
+    return float(number) * UNITS[unit]
 
 
 def faults(manifests: list[Manifest]) -> list[str]:

@@ -1,6 +1,7 @@
 """The cluster's chart as helm renders it, judged by the schemas of who reads it and by what has to hold anyway."""
 
 import base64
+import ipaddress
 import json
 import re
 import subprocess
@@ -54,7 +55,61 @@ def contradicts(given_values: dict[str, Any]) -> bool:
         any(pool["min"] > pool["max"] for pool in scaled)
         or (s3["embedded"]["enabled"] and bool(s3["uri"] or s3["credentialsSecret"]))
         or (bool(kueue["queue"]) and all_values["autoscaling"]["enabled"] and not kueue["elastic"])
+        or (s3["embedded"]["enabled"] and len(all_values["name"]) > 49)
+        or any(
+            not smaller_part(part, egress["cidr"])
+            for egress in all_values["networkPolicy"]["egress"]
+            for part in egress.get("except", ())
+        )
     )
+
+
+def smaller_part(part: str, whole: str) -> bool:
+    """Whether a block lies in another; of IPv6 the chart knows it of all addresses alone."""
+    inner, outer = (ipaddress.ip_network(block, strict=False) for block in (part, whole))
+    if inner.version != outer.version or inner.prefixlen <= outer.prefixlen:
+        return False
+    return whole == "::/0" if outer.version == 6 else inner.subnet_of(outer)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "holds"),
+    [
+        ("10.1.0.0/16", "10.0.0.0/8", True),
+        ("11.1.0.0/16", "10.0.0.0/8", False),
+        ("10.18.0.0/16", "10.16.0.0/12", True),
+        ("10.32.0.0/16", "10.16.0.0/12", False),
+        ("10.0.0.0/8", "10.0.0.0/8", False),
+        ("169.254.0.0/16", "0.0.0.0/0", True),
+        ("fd00:ec2::254/128", "::/0", True),
+        ("fd00:ec2::254/128", "fd00::/8", False),
+        ("10.0.0.0/8", "::/0", False),
+    ],
+)
+def test_an_exception_to_a_block_lies_in_it(render: Render, part: str, whole: str, holds: bool):
+    chosen = {"networkPolicy": {"egress": [{"cidr": whole, "except": [part], "ports": [443]}]}}
+    assert smaller_part(part, whole) == holds
+    if holds:
+        render(chosen)
+    else:
+        with pytest.raises(ValueError, match=f"{part} is no smaller part of {whole}"):
+            render(chosen)
+
+
+@pytest.mark.parametrize(
+    ("uri", "ports"),
+    [
+        ("s3://bucket/runs?endpoint=http://minio.minio.svc:9000&region=x", [9000]),
+        ("s3://bucket/runs?region=x&endpoint=http://minio.minio.svc", [80]),
+        ("s3://bucket/runs?endpoint=http://[fd00::1]:9000", [9000]),
+        ("s3://bucket/runs?endpoint=https://s3.example.org", []),
+        ("s3://bucket/runs", []),
+    ],
+)
+def test_the_store_can_be_reached_at_the_port_of_its_endpoint(render: Render, uri: str, ports: list[int]):
+    rules = one(render({"s3": {"uri": uri}}), "NetworkPolicy", "rl")["spec"]["egress"]
+    found = [rule["ports"][0]["port"] for rule in rules if {"namespaceSelector": {}} in rule.get("to", [])]
+    assert found == ports, "443 is open by networkPolicy.egress"
 
 
 def test_rayclusters_are_judged_by_kuberays_own_schema(judge: Judge, render: Render):

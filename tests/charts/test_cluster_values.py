@@ -70,7 +70,9 @@ def test_the_schema_takes_the_values_on_the_page_for_users():
         ({"pools": {"rollout": {"mim": 1}}}, "$.pools.rollout"),
         ({"pools": {"head": {"gpus": 1}}}, "$.pools.head"),
         ({"pools": {"rollout": {"gracePeriodSeconds": 300}}}, "$.pools.rollout.gracePeriodSeconds"),
-        ({"defaults": {"cpu": 4}}, "$.defaults.cpu"),
+        ({"defaults": {"cpu": "4 cores"}}, "$.defaults.cpu"),
+        ({"defaults": {"env": {"AWS_SECRET_ACCESS_KEY": "x"}}}, "$.defaults.env"),
+        ({"networkPolicy": {"egress": [{"cidr": ":/0", "ports": [443]}]}}, "$.networkPolicy.egress[0].cidr"),
         ({"defaults": {"memory": "16GB"}}, "$.defaults.memory"),
         ({"defaults": {"mounts": {"/tmp": {"claim": "a"}}}}, "$.defaults.mounts"),
         ({"defaults": {"mounts": {"/data": {"claim": "a", "secret": "b"}}}}, "$.defaults.mounts['/data']"),
@@ -87,6 +89,23 @@ def test_the_schema_takes_the_values_on_the_page_for_users():
 def test_the_schema_refuses(values: dict[str, Any], place: str):
     errors = list(Draft7Validator(SCHEMA).iter_errors(merged(VALUES, values)))
     assert [error.json_path for error in errors] == [place]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"defaults": {"cpu": 2, "memory": "1500M", "runtimeClassName": "nvidia"}},
+        {"defaults": {"cpu": "1.5", "image": f"registry.example.org:5000/team/learner:v1@sha256:{'a' * 64}"}},
+        {"defaults": {"image": f"learner@sha256:{'0' * 64}"}},
+        {"defaults": {"tolerations": [{"key": "gpu", "value": "true", "effect": "NoExecute"}, {"key": "spot"}]}},
+        {"networkPolicy": {"apiFrom": ["n" * 63], "egress": [{"cidr": "::/0", "ports": [443]}]}},
+        {"networkPolicy": {"egress": [{"cidr": "2001:db8:1:2:3:4:5:6/128", "ports": [443]}]}},
+        {"s3": {"credentialsSecret": "team.s3", "uri": "s3://bucket/runs?endpoint=http://[fd00::1]:9000"}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_the_schema_takes_what_kubernetes_takes(values: dict[str, Any]):
+    assert [error.message for error in Draft7Validator(SCHEMA).iter_errors(merged(VALUES, values))] == []
 
 
 def paths(values: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:

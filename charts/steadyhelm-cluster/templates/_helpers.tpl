@@ -43,6 +43,20 @@ s3://steadyhelm/runs?endpoint=http://{{ include "steadyhelm.name" . }}-s3.{{ .Re
 {{- end }}
 {{- end }}
 
+{{/* The port of the endpoint in s3.uri; empty where no rule is missing for it. */}}
+{{- define "steadyhelm.storePort" -}}
+{{- $endpoint := regexFind "[?&]endpoint=[^&]*" .Values.s3.uri | trimPrefix "?" | trimPrefix "&" | trimPrefix "endpoint=" }}
+{{- if and $endpoint (not .Values.s3.embedded.enabled) }}
+{{- $host := index (splitList "/" (last (splitList "://" $endpoint))) 0 }}
+{{- $port := regexFind ":[0-9]{1,5}$" $host | trimPrefix ":" | default (ternary "80" "443" (hasPrefix "http://" $endpoint)) | int }}
+{{- $known := list }}
+{{- range .Values.networkPolicy.egress }}
+{{- range .ports }}{{- $known = append $known (int .) }}{{- end }}
+{{- end }}
+{{- if and (not (has $port $known)) (ge $port 1) (le $port 65535) }}{{ $port }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{/* The Secret with an AWS credentials file, under credentials; empty leaves them to workload identity. */}}
 {{- define "steadyhelm.credentialsSecret" -}}
 {{- if .Values.s3.embedded.enabled }}{{ include "steadyhelm.name" . }}-s3{{ else }}{{ .Values.s3.credentialsSecret }}{{ end }}
@@ -79,10 +93,39 @@ capabilities: {drop: [ALL]}
 {{- if and .Values.s3.embedded.enabled (or .Values.s3.uri .Values.s3.credentialsSecret) }}
 {{- $wrong = append $wrong "s3.embedded.enabled brings a store of its own: leave s3.uri and s3.credentialsSecret empty, or turn it off" }}
 {{- end }}
+{{- if and .Values.s3.embedded.enabled (gt (len (include "steadyhelm.name" .)) 49) }}
+{{- $wrong = append $wrong (printf "name %q is longer than the 49 characters that leave room for the pod of s3.embedded: set a shorter name" (include "steadyhelm.name" .)) }}
+{{- end }}
+{{- range $egress := .Values.networkPolicy.egress }}
+{{- range $egress.except }}
+{{- if ne (include "steadyhelm.within" (dict "part" . "whole" $egress.cidr)) "yes" }}
+{{- $wrong = append $wrong (printf "networkPolicy.egress: %s is no smaller part of %s, so it cannot be an exception to it (of IPv6 only ::/0 may have exceptions)" . $egress.cidr) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if and .Values.kueue.queue .Values.autoscaling.enabled (not .Values.kueue.elastic) }}
 {{- $wrong = append $wrong "kueue.queue is set, and Kueue refuses clusters that scale themselves: turn autoscaling.enabled off, or kueue.elastic on where Kueue has ElasticJobsViaWorkloadSlices" }}
 {{- end }}
 {{- if $wrong }}
 {{- fail (join "\n" $wrong) }}
+{{- end }}
+{{- end }}
+
+{{/* "yes" where the block .part lies in the block .whole and is smaller; of IPv6 that is known of ::/0 alone. */}}
+{{- define "steadyhelm.within" -}}
+{{- $part := splitList "/" .part }}
+{{- $whole := splitList "/" .whole }}
+{{- $smaller := gt (index $part 1 | atoi) (index $whole 1 | atoi) }}
+{{- if or (contains ":" .part) (contains ":" .whole) }}
+{{- if and $smaller (contains ":" .part) (eq .whole "::/0") }}yes{{ end }}
+{{- else if $smaller }}
+{{- $bits := index $whole 1 | atoi }}
+{{- $same := true }}
+{{- $theirs := splitList "." (index $whole 0) }}
+{{- range $n, $byte := splitList "." (index $part 0) }}
+{{- $size := index (list 256 128 64 32 16 8 4 2 1) (max 0 (min 8 (sub $bits (mul 8 $n)))) }}
+{{- if ne (div (atoi $byte) $size) (div (index $theirs $n | atoi) $size) }}{{ $same = false }}{{ end }}
+{{- end }}
+{{- if $same }}yes{{ end }}
 {{- end }}
 {{- end }}

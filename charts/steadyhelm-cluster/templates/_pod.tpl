@@ -32,6 +32,9 @@ spec:
   {{- with $pool.priorityClassName }}
   priorityClassName: {{ . | quote }}
   {{- end }}
+  {{- with $pool.runtimeClassName }}
+  runtimeClassName: {{ . | quote }}
+  {{- end }}
   {{- with $pool.nodeSelector }}
   nodeSelector: {{- toYaml . | nindent 4 }}
   {{- end }}
