@@ -4,7 +4,7 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS requirements
 WORKDIR /build
 COPY docker/requirements pyproject.toml ./
-RUN ./requirements train >requirements.txt
+RUN ./requirements train digits >requirements.txt
 
 FROM ${BASE} AS environment
 ARG PACKAGE_INDEX
