@@ -350,9 +350,10 @@ class RunFile(Part):
     @model_validator(mode="after")
     def _gpus_for_each_part(self) -> Self:
         engine, gpus = self.rollout.engine, self.runtime.gpus_per_engine
-        if isinstance(engine, VllmEngine | SglangEngine) and 0 < gpus < engine.tensor_parallel_size:
+        parts = engine.tensor_parallel_size if isinstance(engine, VllmEngine | SglangEngine) else 1
+        if parts > 1 and 0 < gpus < parts:  # a model in one piece may have a part of a GPU
             raise ValueError(
-                f"rollout.engine.tensor_parallel_size is {engine.tensor_parallel_size}, but a rollout actor has "
+                f"rollout.engine.tensor_parallel_size is {parts}, but a rollout actor has "
                 f"{gpus:g} GPUs (runtime.gpus_per_engine): set both to the same number"
             )
         return self

@@ -32,6 +32,10 @@ CLOSE_S = 20.0
 """How long the mailbox may take to hear that the group ends, and the ranks to end."""
 UNUSED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 """What Ray Train calls when a group starts and ends that has nothing to do here."""
+CALLS = 64
+"""Calls of the driver that the mailbox holds at a time, which is more than there are."""
+QUESTIONS = 4
+"""What it holds of each rank: two long questions, an answer, and what a rank that was lost had asked."""
 BUILD = "build"
 """The command that a group gets before any other; its argument is the RankFactory."""
 
@@ -59,7 +63,8 @@ class LearnerGroup:
 
     def launch(self) -> None:
         """Starts the group; ``ready`` awaits it. Must be called inside the event loop that will await it."""
-        self._mailbox = ray.remote(num_cpus=0, max_concurrency=64, resources=place(HEAD))(Mailbox).remote()
+        room = CALLS + QUESTIONS * self._run.learner.replicas
+        self._mailbox = ray.remote(num_cpus=0, max_concurrency=room, resources=place(HEAD))(Mailbox).remote()
         loop = asyncio.get_running_loop()
         over: asyncio.Future[BaseException | None] = loop.create_future()
         self._over = over

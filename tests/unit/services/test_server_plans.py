@@ -56,6 +56,11 @@ def test_a_model_is_cut_over_as_many_gpus_as_the_run_file_says(tiny_model: Path,
 
 
 @pytest.mark.parametrize("server", sorted(SIZE))
+def test_a_model_in_one_piece_may_have_a_part_of_a_gpu(tiny_model: Path, server: str) -> None:
+    assert after(launch(tiny_model, run_file(gpus=0.5, type=server)), SIZE[server]) == ["1"]
+
+
+@pytest.mark.parametrize("server", sorted(SIZE))
 def test_the_run_files_own_arguments_and_variables_come_last(tiny_model: Path, server: str) -> None:
     given = ("--pipeline-parallel-size", "2", "--dtype", "float16")
     made = launch(tiny_model, run_file(type=server, args=given, environment={"HF_HUB_OFFLINE": "0"}))
