@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
 
-from steadyhelm.errors import DataError, DeadlineError, EngineLostError, RetryableError
+from steadyhelm.errors import ConfigError, DataError, DeadlineError, EngineLostError, RetryableError
 
 HEALTH = "/health"
 CONNECT_S = 5.0
@@ -21,6 +22,8 @@ WATCH_S = 1.0
 KEEP_ALIVE_S = 2.0
 """Shorter than the servers' own 5 s, so that no request goes into a connection that the server is closing."""
 SHOWN_CHARACTERS = 600
+BUSY = frozenset({408, 425, 429})
+"""Statuses that are no refusal of what is asked: the server, or what stands before it, cannot take it now."""
 
 
 class EngineServer:
@@ -66,7 +69,7 @@ class EngineServer:
         return self._lost
 
     async def get(self, path: str, *, deadline_s: float = HEALTH_S) -> Any:
-        """The JSON answer to a GET; see ``post`` for the errors."""
+        """The JSON answer (None where it is no JSON) to a GET; see ``post`` for the errors."""
         return await self._call("GET", path, None, deadline_s)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None, *, deadline_s: float) -> Any:
@@ -76,7 +79,8 @@ class EngineServer:
             DataError: the server refuses the request (status 4xx).
             DeadlineError: no answer within ``deadline_s``.
             EngineLostError: the server is gone.
-            RetryableError: the connection broke or the server failed (status 5xx), but it serves.
+            RetryableError: the connection broke or the server failed (status 5xx), but it serves; or it has too much to
+                do (``BUSY``).
         """
         return await self._call("POST", path, body, deadline_s)
 
@@ -107,8 +111,8 @@ class EngineServer:
         try:
             async with self._open().request(method, self.url + path, json=body, timeout=timeout) as answer:
                 if answer.status == 200:
-                    return await answer.json(content_type=None) if answer.content_length != 0 else None
-                text = (await answer.text())[:SHOWN_CHARACTERS]
+                    return _json(await answer.read())
+                text = (await answer.text(errors="replace"))[:SHOWN_CHARACTERS]
         except TimeoutError as error:
             raise DeadlineError(f"No answer from {self.url}{path} within its deadline of {deadline_s:g} s.") from error
         except aiohttp.ClientError as error:
@@ -120,6 +124,11 @@ class EngineServer:
             if path == HEALTH or not await self._serves():
                 raise await self._lose_with_log(why)
             raise RetryableError(f"The engine server at {self.url} serves, but {why}: asked again", delay_s=0.5)
+        if answer.status in BUSY:
+            raise RetryableError(
+                f"The engine server at {self.url} takes no request to {path} now ({answer.status}): asked again",
+                delay_s=0.5,
+            )
         raise DataError(f"The engine server at {self.url} refuses a request to {path} ({answer.status}): {text}")
 
     def _open(self) -> aiohttp.ClientSession:
@@ -175,3 +184,22 @@ class EngineServer:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
         return False
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def understood(server: EngineServer, name: str) -> Iterator[None]:
+    """While an answer of ``server``, a ``name``, is taken apart. Raises ConfigError where it is built otherwise."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"The server at {server.url} answers otherwise than the {name} that Steadyhelm is made for "
+            f"({type(error).__name__}: {error}): install the version that 'make engines' does"
+        ) from error

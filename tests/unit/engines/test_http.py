@@ -3,11 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 from aiohttp import web
+from steadyhelm.data.types import Sampling
 from steadyhelm.engines.http import EngineServer
-from steadyhelm.errors import DataError, DeadlineError, EngineLostError, RetryableError
+from steadyhelm.errors import ConfigError, DataError, DeadlineError, EngineLostError, RetryableError
+from steadyhelm.services.rollout.served import Ask, Dialect
+from steadyhelm.services.rollout.sglang import SglangDialect
+from steadyhelm.services.rollout.vllm import VllmDialect
 
 
 class Site:
@@ -15,6 +20,7 @@ class Site:
 
     def __init__(self) -> None:
         self.healthy = True
+        self.answer = ""
         self.cancelled = asyncio.Event()
         self.runner: web.AppRunner | None = None
         self.lost: list[EngineLostError] = []
@@ -27,6 +33,8 @@ class Site:
         app.router.add_post("/break", self.fail)
         app.router.add_post("/sleep", self.sleep)
         app.router.add_post("/empty", self.empty)
+        app.router.add_post("/status/{status}", self.status)
+        app.router.add_post("/{path:.*}", self.other)
         self.runner = web.AppRunner(app, handler_cancellation=True)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
@@ -34,7 +42,7 @@ class Site:
         return f"http://127.0.0.1:{self.runner.addresses[0][1]}"
 
     async def health(self, _: web.Request) -> web.Response:
-        return web.Response(status=200 if self.healthy else 503)
+        return web.Response(status=200 if self.healthy else 503, text="OK")
 
     async def echo(self, request: web.Request) -> web.Response:
         return web.json_response({"got": await request.json(), "as": request.headers.get("Authorization")})
@@ -47,6 +55,12 @@ class Site:
 
     async def empty(self, _: web.Request) -> web.Response:
         return web.Response()
+
+    async def status(self, request: web.Request) -> web.Response:
+        return web.Response(status=int(request.match_info["status"]), body=b"\xff\xfe\x80", content_type="text/plain")
+
+    async def other(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.answer)
 
     async def sleep(self, _: web.Request) -> web.Response:
         try:
@@ -113,6 +127,45 @@ async def test_a_failure_inside_comes_with_the_log_which_is_read_once(site: Site
     assert all("no such kernel" in str(error) for error in failed)
     assert len(read) == 1
     await server.close()
+
+
+async def test_health_may_be_said_in_any_words(server: EngineServer, site: Site) -> None:
+    await server.health()
+    site.answer = "<html>"
+    assert await server.post("/whatever", deadline_s=5) is None
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500])
+async def test_a_server_that_cannot_now_is_asked_again_whatever_bytes_it_says_so_with(
+    server: EngineServer, status: int
+) -> None:
+    with pytest.raises(RetryableError, match=str(status)):
+        await server.post(f"/status/{status}", deadline_s=5)
+    assert server.lost is None
+
+
+ASK = Ask(
+    name="0:1",
+    tokens=[1],
+    images=(),
+    expanded=1,
+    seed=1,
+    sampling=Sampling(max_new_tokens=2),
+    banned_ids=(),
+    eos_ids=(2,),
+)
+OTHERWISE = ("", "OK", "[]", "{}", '{"choices": []}', '{"meta_info": {}}', '{"results": [{}], "message": "ok"}')
+
+
+@pytest.mark.parametrize("answer", OTHERWISE)
+@pytest.mark.parametrize(("dialect", "name"), [(VllmDialect(), "vLLM"), (SglangDialect(), "SGLang")])
+async def test_a_server_of_another_version_is_told_as_such(
+    server: EngineServer, site: Site, dialect: Dialect, name: str, answer: str
+) -> None:
+    site.answer = answer
+    for call in (dialect.complete(server, ASK, 5.0), dialect.stage(server, Path("weights"), "digest")):
+        with pytest.raises(ConfigError, match=f"answers otherwise than the {name} .* install the version"):
+            await call
 
 
 async def test_a_late_answer_is_a_missed_deadline(server: EngineServer) -> None:

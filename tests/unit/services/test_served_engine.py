@@ -1,6 +1,8 @@
 """What an engine makes of a server that answers wrongly, over a dialect that a test has in its hands."""
 
 import asyncio
+import resource
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,12 +17,13 @@ from steadyhelm.errors import (
     DataError,
     EngineLostError,
     NonFiniteError,
+    ResourceError,
     RetryableError,
 )
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
 from steadyhelm.models.load import load_model
-from steadyhelm.services.rollout.served import Answer, Ask, Guest, ServedEngine
+from steadyhelm.services.rollout.served import Answer, Ask, Guest, ServedEngine, WeightsFetch
 
 FIRST, NEXT = PolicyVersion(iteration=4, attempt=2), PolicyVersion(iteration=5, attempt=2)
 
@@ -106,7 +109,9 @@ def the_tensors(model: Path) -> dict[str, Any]:
     return dict(load_model(model, dtype="float32").state_dict())
 
 
-def served(script: Script, process: Any, model: Path, tensors: dict[str, Any]) -> ServedEngine:
+def served(
+    script: Script, process: Any, model: Path, tensors: dict[str, Any], fetch: WeightsFetch | None = None
+) -> ServedEngine:
     return ServedEngine(
         "http://127.0.0.1:9",
         process=process,
@@ -114,7 +119,7 @@ def served(script: Script, process: Any, model: Path, tensors: dict[str, Any]) -
         encoder=PromptEncoder(model, min_pixels=3136, max_pixels=100352),
         layout=ModelLayout(model, dtype="float32"),
         version=FIRST,
-        fetch=lambda _: tensors,
+        fetch=fetch or (lambda _: tensors),
         deadline_s=5.0,
     )
 
@@ -210,6 +215,51 @@ async def test_weights_that_the_server_cannot_read_leave_the_old_ones_serving(
     assert list(process.scratch.iterdir()) == []
 
 
+async def test_weights_that_find_no_room_are_told_with_the_folder_and_leave_nothing_there(
+    engine: ServedEngine, script: Script, process: Process
+) -> None:
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # which a disk that fills up is like
+    try:
+        with pytest.raises(ResourceError, match=rf"weights 5\.2 cannot be written to {process.scratch} .*give it room"):
+            await engine.apply_weights(record(NEXT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    assert list(process.scratch.iterdir()) == []
+    await engine.apply_weights(record(NEXT))
+    assert engine.version == NEXT
+
+
+async def test_weights_that_are_still_being_fetched_when_their_call_is_cancelled_meet_no_others(
+    script: Script, process: Process, tiny_model: Path
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    found = the_tensors(tiny_model)
+    fetching: list[WeightsRecord] = []
+
+    def fetch(weights: WeightsRecord) -> dict[str, Any]:
+        fetching.append(weights)
+        assert len(fetching) == 1
+        begun.set()
+        assert go_on.wait(30)
+        fetching.remove(weights)
+        return found
+
+    engine = served(script, process, tiny_model, found, fetch)
+    first = asyncio.create_task(engine.apply_weights(record(NEXT)))
+    await asyncio.to_thread(begun.wait, 30)
+    first.cancel()
+    second = asyncio.create_task(engine.apply_weights(record(NEXT)))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second
+    assert engine.version == NEXT
+    assert list(process.scratch.iterdir()) == []
+    await engine.close()
+
+
 @pytest.mark.parametrize("error", [EngineLostError("half"), DataError("400"), RetryableError("500")])
 async def test_a_swap_that_fails_ends_the_server(
     engine: ServedEngine, script: Script, process: Process, error: Exception
@@ -272,6 +322,19 @@ async def test_a_guest_whose_first_weights_are_not_taken_asks_for_nothing(guest:
     assert script.asked == []
     script.stage_error = None
     assert len(await sample(guest)) == 1
+
+
+async def test_what_a_killed_actor_left_for_a_guest_goes_when_the_next_one_writes(
+    guest: ServedEngine, script: Script, tiny_model: Path, tmp_path: Path
+) -> None:
+    await sample(guest)
+    assert script.file is not None
+    script.file.write_bytes(b"whole")
+    tensors = the_tensors(tiny_model)
+    another = served(script, Guest(key="", folder=tmp_path, first=lambda: tensors), tiny_model, tensors)
+    await another.apply_weights(record(NEXT))
+    await another.close()
+    assert not await asyncio.to_thread(lambda: list(tmp_path.glob("*.safetensors")))
 
 
 async def test_two_engines_on_one_server_find_each_other_out(

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -38,11 +39,13 @@ from steadyhelm.errors import (
     DeadlineError,
     EngineLostError,
     NonFiniteError,
+    ResourceError,
     RetryableError,
     SteadyhelmError,
 )
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.layout import ModelLayout
+from steadyhelm.services.rollout.settled import settled
 from steadyhelm.weights.codec import encode
 from steadyhelm.weights.local import MappedTensors
 
@@ -190,6 +193,8 @@ class ServedEngine:
         self._fetch = fetch
         self._deadline_s = deadline_s
         self._mark = secrets.token_hex(4)  # in our labels only: whoever else swaps weights in is found out
+        # What an actor leaves that is killed, the next one for the same server finds.
+        self._prefix = f"steadyhelm-{xxhash.xxh3_64_hexdigest(url.encode())}-"
         ended = None if self._process is None else self._process.ended
         log = None if self._process is None else self._process.tail
         self._server = EngineServer(url, key=process.key, ended=ended, log=log, on_lost=self._interrupt)
@@ -253,6 +258,7 @@ class ServedEngine:
         Raises:
             CorruptObjectError: an object, the set or the server's copy does not match its checksum.
             ModelError: names, shapes or types are not this model's.
+            ResourceError: the folder that the server reads them from takes no copy.
             EngineLostError: the server is gone, or failed in the middle of the swap and was given up.
         """
         async with self._applying:
@@ -302,17 +308,18 @@ class ServedEngine:
         """Has the server take what ``read`` returns as ``version``; see ``apply_weights`` for the errors."""
         if self._server.lost is not None:
             raise self._server.lost
+        file = self._folder / f"{self._prefix}{version}.safetensors"
         try:
-            file, digest = await asyncio.to_thread(self._write, read, version)
-        except FileNotFoundError as error:  # the folder goes with the server
-            raise self._server.lose(f"its folder for weights is gone ({error})") from error
-        try:
+            digest = await settled(asyncio.to_thread(self._write, read, version, file))
             with telemetry.span("rollout", "stage weights"):
                 await self._dialect.stage(self._server, file, digest)
             with telemetry.span("rollout", "swap weights"):
                 await self._swap(file, digest, version)
+        except FileNotFoundError as error:  # the folder goes with the server
+            raise self._server.lose(f"its folder for weights is gone ({error})") from error
         finally:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # what cannot go now goes before the next is written
+                file.unlink()
 
     async def _complete(self, request: EngineRequest, sampling: Sampling) -> Completion:
         ask = await asyncio.to_thread(self._ask, request, sampling)
@@ -400,23 +407,32 @@ class ServedEngine:
             finish=answer.finish,
         )
 
-    def _write(self, read: Callable[[], Mapping[str, torch.Tensor]], version: PolicyVersion) -> tuple[Path, str]:
-        """The weights as a file for the server, with its digest."""
+    def _write(self, read: Callable[[], Mapping[str, torch.Tensor]], version: PolicyVersion, file: Path) -> str:
+        """Makes ``file`` of the weights, for the server; its digest. Raises ResourceError, FileNotFoundError."""
         with telemetry.span("rollout", "fetch weights"):
             found = read()
             tensors = self._layout.distinct(found, version)
-        file = self._folder / f"steadyhelm-{version}-{self._mark}.safetensors"
-        if isinstance(found, MappedTensors) and found.keys() == tensors.keys():
-            linked = found.link(file)  # it is such a file already
-            if linked is not None:
-                return file, linked
         parts = encode(tensors)
         digest = xxhash.xxh3_128()
-        with file.open("wb") as target:
-            for part in parts:
-                digest.update(part)
-                target.write(part)
-        return file, digest.hexdigest()
+        try:
+            for left in self._folder.glob(f"{self._prefix}*"):
+                left.unlink()  # never written to: it may be a name of the learner's own file
+            if isinstance(found, MappedTensors) and found.keys() == tensors.keys():
+                linked = found.link(file)  # it is such a file already
+                if linked is not None:
+                    return linked
+            with file.open("xb") as target:
+                for part in parts:
+                    digest.update(part)
+                    target.write(part)
+        except FileNotFoundError:  # the folder is gone
+            raise
+        except OSError as error:
+            raise ResourceError(
+                f"weights {version} cannot be written to {self._folder} ({error}): give it room for one copy of the "
+                "weights for each engine server, and the rollout actors the right to write there"
+            ) from error
+        return digest.hexdigest()
 
     async def _swap(self, file: Path, digest: str, version: PolicyVersion) -> None:
         other_attempt = version.attempt != self._version.attempt

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from steadyhelm.data.types import FinishReason
-from steadyhelm.engines.http import EngineServer
+from steadyhelm.engines.http import EngineServer, understood
 from steadyhelm.engines.process import HOST, Launch, Plan
 from steadyhelm.errors import ConfigError, DataError, DeadlineError, EngineLostError
 from steadyhelm.services.rollout.served import EXCLUDED, FINISH, Answer, Ask, ServerSpec
-from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged
+from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged, worker_answers
 
+NAME = "SGLang"
 CPU_CACHE_TOKENS = 1 << 16
 """Tokens in the cache of keys and values on a CPU, where SGLang would else take most of the machine's memory."""
 
@@ -111,7 +112,8 @@ class SglangDialect:
         except (asyncio.CancelledError, DeadlineError):
             self._abort(server, name)
             raise
-        return _answer(found, ask)
+        with understood(server, NAME):
+            return _answer(found, ask)
 
     async def stage(self, server: EngineServer, file: Path, digest: str) -> None:
         """See ``Dialect``."""
@@ -137,15 +139,18 @@ class SglangDialect:
     async def _on_workers(self, server: EngineServer, action: str, *args: str) -> list[dict[str, str]]:
         """The plug-in's answer to an action, of every scheduler."""
         found = await self._control(server, "/weights_checker", {"action": action, "skip_tensor_list": args})
-        return [json.loads(answer) for answer in found["message"].split(" | ")]
+        with understood(server, NAME):
+            return worker_answers([json.loads(answer) for answer in found["message"].split(" | ")])
 
     async def _control(
         self, server: EngineServer, path: str, body: Mapping[str, Any], *, deadline_s: float = CONTROL_S
     ) -> dict[str, Any]:
-        found: dict[str, Any] = await server.post(path, body, deadline_s=deadline_s)
-        if not found.get("success", True):
-            raise EngineLostError(f"{path} answered {found}")
-        return found
+        found = await server.post(path, body, deadline_s=deadline_s)
+        with understood(server, NAME):
+            answer = dict(found)
+        if not answer.get("success", True):
+            raise EngineLostError(f"{path} answered {answer}")
+        return answer
 
     def _abort(self, server: EngineServer, name: str) -> None:
         """Has the server drop a request; by itself it would notice only seconds later that nobody waits for it."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from steadyhelm.errors import CorruptObjectError, DeadlineError
 
@@ -17,6 +18,11 @@ POLL_S = 0.01
 
 Answers = Sequence[Mapping[str, str]]
 """One answer of each worker: see ``Staged.answer`` in ``engines/plugin``."""
+
+
+def worker_answers(found: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The workers' answers with what each must have. Raises KeyError and TypeError where one is built otherwise."""
+    return [{name: str(answer[name]) for name in ("state", "digest", "error")} for answer in found]
 
 
 async def until_staged(first: Answers, look: Callable[[], Awaitable[Answers]], file: Path, digest: str) -> None:

@@ -24,6 +24,7 @@ from steadyhelm.data.types import Completion, EngineRequest, PolicyVersion, Samp
 from steadyhelm.errors import DeadlineError, EngineLostError, ResourceError, RetryableError
 from steadyhelm.models.decode import Decoding
 from steadyhelm.models.encoder import PromptEncoder
+from steadyhelm.services.rollout.settled import settled
 from steadyhelm.services.rollout.swap import Swap
 
 T = TypeVar("T")
@@ -114,13 +115,7 @@ class TransformersEngine:
         async with self._taking:
             if weights.version == self._version:
                 return
-            swap = await asyncio.to_thread(self._prepared, weights)
-            self._swaps_waiting += 1
-            try:
-                await self._on_thread(partial(self._put, swap, weights.version))
-            finally:
-                self._swaps_waiting -= 1
-            await asyncio.to_thread(swap.forget_former)
+            await settled(self._take(weights))  # one at a time fetches
 
     async def health(self) -> None:
         """Returns where the engine can serve. Raises EngineLostError."""
@@ -142,6 +137,15 @@ class TransformersEngine:
         """Ends the engine's thread once its current burst is done."""
         self._closed = True
         await asyncio.to_thread(self._thread.shutdown, wait=True)
+
+    async def _take(self, weights: WeightsRecord) -> None:
+        swap = await asyncio.to_thread(self._prepared, weights)
+        self._swaps_waiting += 1
+        try:
+            await self._on_thread(partial(self._put, swap, weights.version))
+        finally:
+            self._swaps_waiting -= 1
+        await asyncio.to_thread(swap.forget_former)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on the thread that owns the model, in this context (so that its spans are collected)."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from steadyhelm.data.types import FinishReason
-from steadyhelm.engines.http import EngineServer
+from steadyhelm.engines.http import EngineServer, understood
 from steadyhelm.engines.process import HOST, Launch, Plan
 from steadyhelm.errors import EngineLostError
 from steadyhelm.services.rollout.served import EXCLUDED, FINISH, Answer, Ask, ServerSpec
-from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged
+from steadyhelm.services.rollout.staging import CONTROL_S, STAGE_S, until_staged, worker_answers
+
+NAME = "vLLM"
 
 
 def vllm_plan(spec: ServerSpec) -> Plan:
@@ -93,14 +95,15 @@ class VllmDialect:
         if ask.images:
             body["content_parts"] = [{"type": "image_url", "url": url, "uuid": key} for key, url in ask.images]
         found = await server.post("/inference/v1/generate", body, deadline_s=deadline_s)
-        choice = found["choices"][0]
-        return Answer(
-            tokens=choice["token_ids"] or [],
-            logprobs=[item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
-            spans=tuple((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
-            finish=FINISH.get(choice["finish_reason"], FinishReason.ABORT),
-            prompt_length=found["usage"]["prompt_tokens"],
-        )
+        with understood(server, NAME):
+            choice = found["choices"][0]
+            return Answer(
+                tokens=choice["token_ids"] or [],
+                logprobs=[item["logprob"] for item in (choice["logprobs"] or {}).get("content") or ()],
+                spans=tuple((span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or ()),
+                finish=FINISH.get(choice["finish_reason"], FinishReason.ABORT),
+                prompt_length=found["usage"]["prompt_tokens"],
+            )
 
     async def stage(self, server: EngineServer, file: Path, digest: str) -> None:
         """See ``Dialect``."""
@@ -117,7 +120,9 @@ class VllmDialect:
         await server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S)
         # Requests in flight give up their keys and values too: the reset fails while anybody holds some.
         found = await server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S)
-        if not found["success"]:
+        with understood(server, NAME):
+            is_empty = found["success"]
+        if not is_empty:
             raise EngineLostError("the cache of keys and values still has some of the old weights")
         await server.post("/reset_encoder_cache", deadline_s=CONTROL_S)
         await server.post("/resume", deadline_s=CONTROL_S)
@@ -125,5 +130,5 @@ class VllmDialect:
     async def _on_workers(self, server: EngineServer, method: str, *args: str) -> list[dict[str, str]]:
         """The answers of all workers to a method of the plug-in."""
         found = await server.post("/collective_rpc", {"method": method, "args": args}, deadline_s=STAGE_S)
-        answers: list[dict[str, str]] = found["results"]
-        return answers
+        with understood(server, NAME):
+            return worker_answers(found["results"])
