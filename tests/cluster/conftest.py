@@ -46,7 +46,7 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]
     programs = {"helm": fetched("helm")}
     with contextlib.ExitStack() as stack:
         if os.environ.get("KUBECONFIG"):
-            kubeconfig, inside = os.environ["KUBECONFIG"], ()
+            kubeconfig, inside, init = os.environ["KUBECONFIG"], (), 0
             programs["kubectl"] = Path(
                 shutil.which("kubectl") or pytest.skip("KUBECONFIG is set, and there is no kubectl")
             )
@@ -56,10 +56,12 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]
                 own = stack.enter_context(node(built, fetched("node-images")))
             except NoNodeError as error:
                 pytest.fail(str(error))  # whoever runs this tier wants to know that nothing was tested
-            kubeconfig, inside = str(own.kubeconfig), own.inside
+            kubeconfig, inside, init = str(own.kubeconfig), own.inside, own.init
             programs["kubectl"] = built / "kubectl"
         proxy = folder / "api"
-        found = Kubernetes(api=Api(proxy), kubeconfig=kubeconfig, inside=inside, folder=folder, programs=programs)
+        found = Kubernetes(
+            api=Api(proxy), kubeconfig=kubeconfig, inside=inside, init=init, folder=folder, programs=programs
+        )
         serve = found.command("kubectl", "proxy", f"--unix-socket={proxy}")
         stack.enter_context(ended(subprocess.Popen(serve, env=found.environment, stdout=subprocess.DEVNULL)))
         found.until(proxy.exists, "kubectl proxy listens", seconds=30)

@@ -26,6 +26,8 @@ class Kubernetes:
     """For files of the tests."""
     programs: dict[str, Path]
     """``kubectl`` and ``helm``."""
+    init: int = 0
+    """The process here that all of its node's descend from; 0 where the nodes are somebody else's."""
 
     @property
     def environment(self) -> dict[str, str]:
