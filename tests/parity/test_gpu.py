@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from steadyhelm.data.types import EngineRequest, PolicyVersion, PromptId, Sampling
+from steadyhelm.data.types import EngineRequest, PolicyVersion, PromptId, Sampling, WeightsRecord
 from steadyhelm.models.batch import TokenSequence, collate
 from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import load_model
 from steadyhelm.models.logprobs import completion_logprobs
 from steadyhelm.services.rollout.transformers import TransformersEngine
 from steadyhelm.weights.mirror import Mirror
+from steadyhelm.weights.named import named_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -80,3 +81,17 @@ def test_what_changes_on_the_device_arrives_on_the_host_bit_for_bit(dtype):
         assert found.is_cpu
         assert torch.equal(found.view(bits), patterns)
         patterns = torch.where(torch.rand(300_001, generator=generator) < 0.02, patterns + 1, patterns)
+
+
+async def test_a_swap_gives_the_engine_on_the_device_all_new_weights(tiny_model, encoder):
+    model = load_model(tiny_model, dtype="float32", device="cuda")
+    new = {name: torch.randn_like(tensor, device="cpu") for name, tensor in named_weights(model).items()}
+    version = PolicyVersion(iteration=1, attempt=1)
+    engine = TransformersEngine(model, encoder, batch=4, version=version, fetch=lambda _: new)
+    record = WeightsRecord(version=PolicyVersion(iteration=2, attempt=1), objects=(), checksum="")
+    await engine.apply_weights(record)
+    assert engine.version == record.version
+    for name, tensor in named_weights(model).items():
+        assert tensor.is_cuda
+        assert torch.equal(tensor.cpu(), new[name])
+    await engine.close()

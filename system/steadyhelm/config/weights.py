@@ -22,7 +22,7 @@ class StoreTransport(Part):
 class LocalTransport(Part):
     """Weights through shared memory, for a learner and engines on one machine that see the same ``/dev/shm``.
 
-    It has to hold two versions. Nothing but a notice goes to the store; a run that is resumed publishes anew.
+    It has to hold three versions. Nothing but a notice goes to the store; a run that is resumed publishes anew.
     """
 
     type: Literal["local"] = "local"

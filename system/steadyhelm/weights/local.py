@@ -44,6 +44,8 @@ from steadyhelm.weights.share import Share
 
 KEPT = 2
 """Files that have names at one time, the one that is being written included."""
+ROOM = 3
+"""Versions that memory has to hold: those, and one that a late engine still serves."""
 PREFIX = "steadyhelm-weights-"
 """How the names of publishers' folders begin; each holds a file ``lock`` that its living owner has locked."""
 FOLDERS = (SHARED, Path(tempfile.gettempdir()))
@@ -196,7 +198,7 @@ class _Folder:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        memory = memory_folder(num_bytes)  # which has room for two
+        memory = memory_folder(ROOM * num_bytes // 2)  # which has room for so much twice
         made = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=memory))
         self._lock = os.open(made / "lock", os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -255,5 +257,5 @@ def _reported(num_bytes: int) -> Iterator[None]:
     except OSError as error:
         raise ResourceError(
             f"weights of {num_bytes >> 20} MiB cannot be written to shared memory ({error}): give it room for "
-            f"{KEPT} versions (--shm-size where this is a container), or {_REMEDY}"
+            f"{ROOM} versions (--shm-size where this is a container), or {_REMEDY}"
         ) from error

@@ -116,7 +116,7 @@ def test_no_room_in_shared_memory_names_the_remedies(publisher, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ResourceError, match=r"room for 2 versions \(--shm-size .*set weights.type to 'store'"):
+    with pytest.raises(ResourceError, match=r"room for 3 versions \(--shm-size .*set weights.type to 'store'"):
         publish(publisher, 0, small_set())
 
 
