@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class EngineServer:
         key: bearer token; empty for none.
         ended: resolves with the end of the server's log where its process ended; None for a server of somebody else.
         log: the end of its log so far; None for a server of somebody else.
+        connect_s: longest time for a connection, before it is tried again where the server is still there.
         on_lost: called once, with the error that every call raises from then on.
     """
 
@@ -45,11 +47,13 @@ class EngineServer:
         ended: Future[str] | None,
         on_lost: Callable[[EngineLostError], None],
         log: Callable[[], str] | None = None,
+        connect_s: float = CONNECT_S,
     ) -> None:
         self.url = url.rstrip("/")
         self._key = key
         self._ended = ended
         self._log = log
+        self._connect_s = connect_s
         self._failing = asyncio.Lock()
         self._on_lost = on_lost
         self._lost: EngineLostError | None = None
@@ -105,16 +109,37 @@ class EngineServer:
     async def _call(
         self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None, deadline_s: float
     ) -> Any:
-        if self._lost is not None:
-            raise self._lost
-        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
+        end = time.monotonic() + deadline_s
+        while True:
+            if self._lost is not None:
+                raise self._lost
+            try:
+                return await self._ask(method, path, body, end)
+            except aiohttp.ConnectionTimeoutError as error:  # on a busy machine, with nothing sent yet
+                if await self._is_gone():
+                    raise self.lose(f"it takes no connection within {self._connect_s:g} s") from error
+                if time.monotonic() < end:
+                    continue
+                raise self._late(path, deadline_s) from error
+            except TimeoutError as error:
+                raise self._late(path, deadline_s) from error
+
+    def _late(self, path: str, deadline_s: float) -> DeadlineError:
+        return DeadlineError(f"No answer from {self.url}{path} within its deadline of {deadline_s:g} s.")
+
+    async def _ask(
+        self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None, end_s: float
+    ) -> Any:
+        """One try, until ``end_s``. Raises TimeoutError, and the errors of ``post`` but DeadlineError."""
+        left_s = max(end_s - time.monotonic(), 0.001)
+        timeout = aiohttp.ClientTimeout(total=left_s, sock_connect=self._connect_s)
         try:
             async with self._open().request(method, self.url + path, json=body, timeout=timeout) as answer:
                 if answer.status == 200:
                     return _json(await answer.read())
                 text = (await answer.text(errors="replace"))[:SHOWN_CHARACTERS]
-        except TimeoutError as error:
-            raise DeadlineError(f"No answer from {self.url}{path} within its deadline of {deadline_s:g} s.") from error
+        except TimeoutError:
+            raise
         except aiohttp.ClientError as error:
             if await self._is_gone():
                 raise self.lose(f"it does not answer ({error})") from error

@@ -1,6 +1,8 @@
 """What an engine server's answers become, over a real HTTP server."""
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,7 +27,7 @@ class Site:
         self.runner: web.AppRunner | None = None
         self.lost: list[EngineLostError] = []
 
-    async def open(self) -> str:
+    async def open(self, listening: socket.socket | None = None) -> str:
         app = web.Application()
         app.router.add_get("/health", self.health)
         app.router.add_post("/echo", self.echo)
@@ -37,7 +39,7 @@ class Site:
         app.router.add_post("/{path:.*}", self.other)
         self.runner = web.AppRunner(app, handler_cancellation=True)
         await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        site = web.SockSite(self.runner, listening or socket.create_server(("127.0.0.1", 0)))
         await site.start()
         return f"http://127.0.0.1:{self.runner.addresses[0][1]}"
 
@@ -171,6 +173,24 @@ async def test_a_server_of_another_version_is_told_as_such(
 async def test_a_late_answer_is_a_missed_deadline(server: EngineServer) -> None:
     with pytest.raises(DeadlineError, match=r"0\.05 s"):
         await server.post("/sleep", deadline_s=0.05)
+
+
+async def test_a_connection_that_a_busy_server_takes_late_is_tried_again_and_loses_nothing(site: Site) -> None:
+    listening = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = listening.getsockname()[1]
+    server = EngineServer(f"http://127.0.0.1:{port}", key="", ended=Future(), on_lost=site.lost.append, connect_s=0.2)
+    with contextlib.ExitStack() as waiting:
+        for _ in range(3):  # the kernel takes no more until somebody accepts these
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+        call = asyncio.create_task(server.post("/echo", {"n": 1}, deadline_s=60))
+        done, _ = await asyncio.wait({call}, timeout=1.5)
+        assert not done, done
+        await site.open(listening)
+        assert (await call)["got"] == {"n": 1}
+    assert site.lost == []
+    await server.close()
 
 
 async def test_a_cancelled_request_is_cancelled_at_the_server(server: EngineServer, site: Site) -> None:
