@@ -209,6 +209,7 @@ class Loop:
             return task.result()
         finally:
             task.cancel()
+            await asyncio.wait({task}, timeout=self._look_s)  # batches are closed behind it
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
         """Publishes the learner's weights and puts them into every engine; adopted ones that are damaged anew."""

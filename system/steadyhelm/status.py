@@ -141,8 +141,10 @@ def _serve(board: StatusBoard, tell: EventSink, again_s: float) -> Callable[[], 
         return None
 
     def try_again() -> None:
-        while not over.wait(again_s) and begin() is not None:
-            pass
+        while not over.wait(again_s):
+            if begin() is None:
+                tell(Notice(text=f"This run's status is served at {host}:{port} now."))
+                return
 
     over, waiting = threading.Event(), threading.Thread(target=try_again, name="status", daemon=True)
     if (error := begin()) is not None:

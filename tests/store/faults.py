@@ -2,6 +2,7 @@
 
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
@@ -49,11 +50,15 @@ class Exchange:
 
     def reply(self, answer: Answer, keep: int | None = None) -> None:
         """Sends the answer; of its body only the first ``keep`` bytes where that is given."""
+        if not any(name.lower() == "content-length" for name, _ in answer.headers):
+            answer = Answer(answer.status, [*answer.headers, ("Content-Length", str(len(answer.body)))], answer.body)
+        self.reply_as_it_is(answer, keep)
+
+    def reply_as_it_is(self, answer: Answer, keep: int | None = None) -> None:
+        """``reply`` without a length that the answer does not have."""
         self.handler.send_response_only(answer.status)
         for name, value in answer.headers:
             self.handler.send_header(name, value)
-        if not any(name.lower() == "content-length" for name, _ in answer.headers):
-            self.handler.send_header("Content-Length", str(len(answer.body)))
         self.handler.end_headers()
         self.handler.wfile.write(answer.body[:keep])
 
@@ -108,6 +113,34 @@ def pretend(exchange: Exchange) -> None:
     """Answers success whatever the server says, as one does that does not know the condition."""
     answer = exchange.ask()
     exchange.reply(Answer(200, [("ETag", '"0"')], b"") if answer.status == 412 else answer)
+
+
+def without(*names: str) -> Fault:
+    """Leaves fields out of the answer, headers or elements; without its length the body comes in chunks."""
+
+    def fault(exchange: Exchange) -> None:
+        answer = exchange.ask()
+        body = answer.body
+        for name in names:
+            body = re.sub(rf"<{name}>.*?</{name}>".encode(), b"", body, flags=re.DOTALL)
+        headers = [(name, value) for name, value in answer.headers if name not in names]
+        if "Content-Length" in names and exchange.handler.command != "HEAD":
+            headers.append(("Transfer-Encoding", "chunked"))
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
+        elif exchange.handler.command != "HEAD":
+            headers = [(name, value) for name, value in headers if name != "Content-Length"]
+            headers.append(("Content-Length", str(len(body))))
+        exchange.reply_as_it_is(Answer(answer.status, headers, body))
+
+    return fault
+
+
+def turned(exchange: Exchange) -> None:
+    """Lists the other way round, as a server does that keeps no order."""
+    answer = exchange.ask()
+    entries = re.findall(rb"<Contents>.*?</Contents>", answer.body, flags=re.DOTALL)
+    body = answer.body.replace(b"".join(entries), b"".join(reversed(entries)))
+    exchange.reply(Answer(answer.status, answer.headers, body))
 
 
 def cut(exchange: Exchange) -> None:

@@ -13,10 +13,12 @@ from steadyhelm.data.types import BatchManifest, PolicyVersion
 from steadyhelm.errors import CorruptObjectError, FencedError, ObjectExistsError, ObjectMissingError, StoreError
 from steadyhelm.store import open_store
 from steadyhelm.store.log import CommitLog
+from steadyhelm.store.probe import require_one_winner
 from steadyhelm.store.s3 import S3Store
 from steadyhelm.store.s3.transfer import PART_BYTES
 
 from tests.store.faults import (
+    Answer,
     FaultProxy,
     Stale,
     cut,
@@ -29,7 +31,9 @@ from tests.store.faults import (
     shorten,
     stall,
     stall_behind,
+    turned,
     twice,
+    without,
 )
 
 pytestmark = [
@@ -59,6 +63,8 @@ IN_PASSING = {
     "500": refuse(500, "InternalError"),
     "503": refuse(503, "SlowDown"),
     "429": refuse(429, "TooManyRequests"),
+    "529": refuse(529, "TooBusy"),
+    "400 that passes": refuse(400, "ThrottlingException"),
     "reset": reset,
     "lost answer": lose,
     "failed behind": fail_behind,
@@ -210,6 +216,8 @@ def test_a_server_that_is_not_there_is_told_with_what_to_look_at(s3_bucket, monk
         (404, "XAdminUserNotFound", "give right credentials"),
         (507, "XMinioStorageFull", "full: free some space"),
         (507, "InsufficientStorage", "full: free some space"),
+        (501, "NotImplemented", "conditional creation .* above all: use a server that keeps it"),
+        (505, "HTTPVersionNotSupported", "HTTP 505"),
         (400, "Novelty", "HTTP 400 Novelty"),
     ],
 )
@@ -219,6 +227,52 @@ def test_what_no_retry_helps_is_told_at_once_with_its_remedy(store, proxy, statu
         with pytest.raises(StoreError, match=rf"cannot write 'run/a' in s3://.*{remedy}"):
             store.put("run/a", b"1", if_absent=operation == "create")
     assert proxy.seen == {"put": 1, "create": 1}
+
+
+def test_a_server_that_refuses_the_condition_is_refused_with_what_to_use_instead(store, proxy):
+    proxy.fail("create", refuse(501, "NotImplemented"), times=float("inf"))
+    with pytest.raises(StoreError, match=r"HTTP 501 NotImplemented: .*use a server that keeps it"):
+        require_one_winner(store, "run")
+
+
+def test_an_object_that_comes_in_chunks_is_read_to_its_end(store, proxy):
+    ref = store.put("run/a", b"0123456789")
+    proxy.fail("get", without("Content-Length"), times=2)
+    assert bytes(store.get("run/a")) == b"0123456789"
+    assert bytes(store.read(ref)) == b"0123456789"
+    proxy.fail("head", without("Content-Length"), times=3)
+    assert store.exists("run/a")
+    store.flush(["run/a"])
+
+
+def test_answers_that_lack_what_is_needed_are_errors_that_name_it(store, proxy):
+    store.put("run/a", b"0123456789")
+
+    def page(exchange):
+        answer = exchange.ask()
+        body = answer.body.replace(b"<IsTruncated>false", b"<IsTruncated>true")
+        exchange.reply(Answer(answer.status, [h for h in answer.headers if h[0] != "Content-Length"], body))
+
+    cases = [
+        ("head", without("Content-Length"), lambda: store.get_range("run/a", 0, 0), "ContentLength"),
+        ("list", page, lambda: list(store.list("run/")), "NextContinuationToken"),
+        ("uploads", without("Date"), lambda: store.sweep("run/"), "date"),
+        ("begin", without("UploadId"), lambda: store.put("run/big", BIG), "UploadId"),
+        ("part", without("ETag", "Etag"), lambda: store.put("run/big", BIG), "ETag"),
+    ]
+    for operation, fault, call, name in cases:
+        proxy.fail(operation, fault)
+        with pytest.raises(StoreError, match=f"answers without {name} about 'run/.*use another"):
+            call()
+
+
+def test_a_listing_out_of_order_is_an_error_and_no_list(store, proxy):
+    for name in ("run/a", "run/b"):
+        store.put(name, b"")
+    proxy.fail("list", turned)
+    with pytest.raises(StoreError, match=r"run/a' behind '.*run/b': the order of keys is not that of their bytes"):
+        list(store.list("run/"))
+    assert list(store.list("run/")) == ["run/a", "run/b"]
 
 
 def test_an_upload_that_fails_for_good_leaves_nothing_behind(store, proxy):

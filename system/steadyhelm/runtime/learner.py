@@ -30,6 +30,8 @@ RankFactory = Callable[[int, int], Any]
 """Builds the learner of (rank, world size) in the rank's process, inside an initialised process group."""
 CLOSE_S = 20.0
 """How long the mailbox may take to hear that the group ends, and the ranks to end."""
+NICE = 19
+"""How much threads that prepare batches to come give way to others: to anybody who wants the core."""
 UNUSED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 """What Ray Train calls when a group starts and ends that has nothing to do here."""
 CALLS = 64
@@ -250,31 +252,42 @@ def _serve(config: dict[str, Any]) -> None:
         ray.get(mailbox.post.remote(incarnation, rank, number, serving.outcome(command)), timeout=deadline_s)
         number += 1
         if serving.is_built and not looks_ahead:
-            look = partial(_look_ahead, mailbox, incarnation, serving, deadline_s)
+            ask = partial(_expected, mailbox, incarnation, deadline_s)
+            look = partial(look_ahead, ask, serving.expect)
             threading.Thread(target=look, name="look-ahead", daemon=True).start()
             looks_ahead = True
 
 
-def _look_ahead(mailbox: Any, incarnation: int, serving: _Rank, deadline_s: float) -> None:
-    """Has the learner read what batches to come will need, on threads that take only what no other one wants.
+def _expected(mailbox: Any, incarnation: int, deadline_s: float, number: int) -> tuple[Expected, ...] | None:
+    """The mailbox's answer to ``expected``. Raises RayError."""
+    found: tuple[Expected, ...] | None = ray.get(mailbox.expected.remote(incarnation, number), timeout=deadline_s)
+    return found
 
-    Engines on the same cores sample meanwhile, and what they lose nobody gains. Threads that this one starts inherit
-    its scheduling.
+
+def look_ahead(ask: Callable[[int], tuple[Expected, ...] | None], expect: Callable[[Coming], None]) -> None:
+    """Has the learner read what batches to come will need, on threads that others on the same cores go before.
+
+    Engines sample meanwhile, and what they lose nobody gains. Threads that this one starts inherit how nice it is. They
+    are not idle ones, which may never run while they hold a lock that the training thread waits for.
+
+    Args:
+        ask: what to expect from a number on; None where there will be nothing more.
+        expect: tells the learner.
     """
-    with suppress(OSError):  # a sandbox may know no such policy; then it takes its share
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(OSError):  # a sandbox may not know it; then it takes its share
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
     number = 0
     while True:
         try:
-            found: tuple[Expected, ...] | None = ray.get(
-                mailbox.expected.remote(incarnation, number), timeout=deadline_s
-            )
+            found = ask(number)
+        except ray.exceptions.GetTimeoutError:  # a mailbox that is busy is asked again
+            continue
         except ray.exceptions.RayError:  # the mailbox is gone, which the next command tells
             return
         if found is None:
             return
         for entry in found:
-            serving.expect(entry.coming)
+            expect(entry.coming)
             number = entry.number + 1
 
 

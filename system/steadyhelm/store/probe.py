@@ -16,6 +16,7 @@ from functools import partial
 from steadyhelm.errors import ObjectExistsError, StoreError
 from steadyhelm.store import LocalStore, ObjectStore
 from steadyhelm.store.layout import RunLayout
+from steadyhelm.store.s3.requests import ONE_WINNER
 
 WRITERS = 8
 ROUNDS = 20
@@ -42,8 +43,7 @@ def require_one_winner(store: ObjectStore, run: str, *, rounds: int = ROUNDS) ->
                     raise StoreError(
                         f"in {store.uri} {len(winners)} of {WRITERS} writers created the same object, where one may: "
                         "its conditional create (If-None-Match) does not hold, and two drivers could both commit; "
-                        "use a server that keeps it (AWS S3, Ceph RGW, versitygw with 'posix --concurrency 1'), or a "
-                        "folder"
+                        f"use {ONE_WINNER}"
                     )
         finally:
             with contextlib.suppress(StoreError):  # what is left goes with 'steadyhelm gc'

@@ -24,6 +24,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from steadyhelm.errors import ModelError
 from steadyhelm.weights.codec import DTYPE_NAMES, tensor_bytes
 
 BLOCK = 1 << 20
@@ -76,7 +77,14 @@ class Layout:
 
     @classmethod
     def from_specs(cls, specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Layout:
-        """The layout of tensors that are described in any order."""
+        """The layout of tensors that are described in any order. Raises ModelError for types that no file here has."""
+        specs = tuple(specs)
+        if strange := [(name, dtype) for name, dtype, _ in specs if dtype not in DTYPE_NAMES]:
+            name, dtype = strange[0]
+            raise ModelError(
+                f"tensor {name!r} is {dtype}, which weights are not published in: known are "
+                f"{', '.join(str(known) for known in DTYPE_NAMES)}"
+            )
         return cls(tuple(sorted((TensorSpec(*spec) for spec in specs), key=lambda spec: spec.name)))
 
     @cached_property

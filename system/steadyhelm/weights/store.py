@@ -285,7 +285,10 @@ class _Coding:
         """What was published, in memory of its own: the former base, brought up to date, or a copy."""
         if self.base is not None:
             return replace(self.base, record=record, deltas=self.base.deltas + 1)
-        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()}
+        copies = {  # on the host, where the next delta is made
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors.items()
+        }
         return _Held(record=record, layout=self.share.layout, tensors=copies)
 
 

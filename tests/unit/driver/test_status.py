@@ -196,13 +196,17 @@ class TestServing:
     def test_a_port_that_becomes_free_is_taken(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        said: list[Event] = []
         with ExitStack() as stack:
             with socket.create_server(("127.0.0.1", 0)) as first:
                 port = first.getsockname()[1]
                 monkeypatch.setenv(ADDRESS, f"127.0.0.1:{port}")
-                tell = stack.enter_context(served(StatusBoard(), lambda event: None, again_s=0.05))
+                tell = stack.enter_context(served(StatusBoard(), said.append, again_s=0.05))
             tell(RunStarted(run="second", iterations=3))
             assert asked_until_it_answers(port)["run"] == "second"
+        warning, *others = [event.text for event in said if isinstance(event, Notice)]
+        assert "It is tried again every" in warning
+        assert others == [f"This run's status is served at 127.0.0.1:{port} now."]
 
     @pytest.mark.parametrize("address", ["127.0.0.1:{taken}", "127.0.0.1:http", "nowhere.invalid:1", "127.0.0.1:70000"])
     def test_where_it_cannot_be_served_the_run_goes_on(self, address: str, monkeypatch: pytest.MonkeyPatch):

@@ -182,6 +182,31 @@ def test_what_cannot_be_read_or_prepared_is_told_of_where_it_is_needed(
             encoder.keep((missing,))
 
 
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_what_fails_in_passing_ahead_of_time_is_read_when_it_is_needed(
+    store: MemoryStore, make: MakeAhead, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    ahead, known = make(), shard(store, 0)
+
+    def fail(_: object) -> memoryview:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read", fail)
+        told(ahead, 5, known)
+    with ahead.training(5):
+        assert ahead.read(known.rollout) == store.read(known.rollout)
+
+
+def test_an_image_waits_for_a_step_no_longer_than_one_may_take(
+    store: MemoryStore, make: MakeAhead, encoder: PromptEncoder
+) -> None:
+    ahead, key = make(wait_s=0.01), image(store, 1)
+    with ahead.training(5):
+        told(ahead, 6, images=(key,))
+        assert not encoder.keeps((key,))
+
+
 def test_an_error_of_ours_in_the_work_ahead_ends_the_next_step(store: MemoryStore, make: MakeAhead) -> None:
     ahead, known = make(), shard(store, 0)
     told(ahead, 5, images=(None,))

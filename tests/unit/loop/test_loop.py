@@ -98,6 +98,25 @@ async def test_who_wants_to_know_is_told_while_a_batch_is_awaited():
     assert services.learner.applied == EVERY_ID
 
 
+async def test_what_is_awaited_has_ended_when_the_loop_is_cancelled():
+    loop, waiting, ended = make(MemoryStore())[0], asyncio.Event(), []
+
+    async def work() -> None:
+        try:
+            waiting.set()
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    call = asyncio.create_task(loop._awaited(work(), 1, 0.0))
+    await waiting.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert ended
+
+
 @pytest.mark.parametrize("run", [RUN, AHEAD], ids=["k=0", "k=2"])
 async def test_the_learner_is_told_of_images_and_objects_before_their_batch_is_committed(run):
     store = MemoryStore()

@@ -100,6 +100,24 @@ def test_swaps_follow_one_another():
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_tensor_under_two_names_may_hold_what_equals_nothing():
+    model = Tied()
+    tensors = given(model)
+    tensors["embed.weight"][0, 0] = float("nan")
+    tensors["head.weight"] = tensors["embed.weight"].clone()
+    Swap(model, tensors, version(1)).put()
+    assert model.head.weight.isnan().sum() == 1
+
+
+def test_a_buffer_without_a_name_that_is_a_parameters_memory_stays_so():
+    model = torch.nn.Linear(3, 2)
+    model.register_buffer("view", model.weight.data, persistent=False)
+    tensors = given(model)
+    Swap(model, tensors, version(1)).put()
+    assert torch.equal(model.view, tensors["weight"])
+    assert model.view.data_ptr() == model.weight.data_ptr()
+
+
 def test_unequal_values_of_one_tensor_and_strange_ones_are_refused_and_nothing_is_put():
     model = Tied()
     whole = given(model)

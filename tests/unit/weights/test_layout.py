@@ -1,8 +1,10 @@
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steadyhelm.errors import ModelError
 from steadyhelm.weights.layout import BLOCK, Layout, Segment
 
 DTYPES = [torch.bfloat16, torch.float32, torch.int64]
@@ -61,3 +63,10 @@ def test_small_tensors_share_a_block_and_large_ones_are_cut():
         (Segment("b", 2 * BLOCK - 3, 2 * BLOCK),),
         (Segment("c", 0, 4),),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.complex64, torch.float8_e4m3fn])
+def test_a_type_that_is_not_published_is_told_with_its_tensor_and_the_known_ones(dtype):
+    tensors = {"plain": torch.zeros(1), "scale": torch.zeros(1, dtype=dtype)}
+    with pytest.raises(ModelError, match=rf"'scale' is {dtype}, which .* torch\.float32, torch\.bfloat16"):
+        Layout.of(tensors)

@@ -26,6 +26,8 @@ Key = TypeVar("Key", ObjectRef, ImageKey)
 
 ROOM_BYTES = 256 << 20
 """Bound on the objects of batches to come that a rank keeps."""
+WAIT_S = 600.0
+"""How long an image waits for a step unless told otherwise."""
 READERS, PREPARERS = 2, 4
 """Objects that are read, and images that are fetched and prepared, at a time: most of it is waiting for the store."""
 
@@ -45,6 +47,7 @@ class BatchesAhead:
         gives_way: whether images wait while a batch is trained on, as they should where both would take turns on cores.
         max_bytes: bound on the objects kept; what does not fit is read when it is needed.
         max_image_bytes: bound on the images that are prepared for one batch, below what ``encoder`` keeps.
+        wait_s: how long an image waits for a step, which should be as long as a step may take; then it is left.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class BatchesAhead:
         gives_way: bool,
         max_bytes: int = ROOM_BYTES,
         max_image_bytes: int = CACHE_BYTES // 2,
+        wait_s: float = WAIT_S,
     ) -> None:
         self._store = store
         self._encoder = encoder
         self._gives_way = gives_way
         self._max_bytes = max_bytes
         self._max_image_bytes = max_image_bytes
+        self._wait_s = wait_s
         self._readers = ThreadPoolExecutor(READERS, "read-ahead")
         self._preparers = ThreadPoolExecutor(PREPARERS, "images-ahead")
         self._lock = Lock()
@@ -142,8 +147,8 @@ class BatchesAhead:
     def _guarded(self, work: Callable[[int, Key], None], iteration: int, key: Key) -> None:
         try:
             work(iteration, key)
-        except SteadyhelmError:
-            pass  # whoever needs it asks again
+        except (SteadyhelmError, MemoryError, OSError):
+            pass  # whoever needs it asks again, and says what is wrong
         except Exception as error:  # a thread's only way to tell
             self._failure = error
 
@@ -158,8 +163,8 @@ class BatchesAhead:
                 self._kept[ref] = _Kept(iteration, data)
 
     def _prepare(self, iteration: int, image: ImageKey) -> None:
-        if iteration > self._reached:
-            self._idle.wait()  # no longer than the step in progress, which has a deadline
+        if iteration > self._reached and not self._idle.wait(self._wait_s):
+            return
         with self._lock:
             if iteration <= self._reached or self._image_bytes.get(iteration, 0) >= self._max_image_bytes:
                 return

@@ -103,7 +103,7 @@ class LearnerRank:
         self._engine = TrainEngine(scorer, model, run.learner, run.model.dtype, exact_stage=spec.exact_stage)
         self._training = Training(self._engine, self._encoder, run)
         on_cpu = collectives.device().type == "cpu"
-        self._ahead = BatchesAhead(self._store, self._encoder, gives_way=on_cpu)
+        self._ahead = BatchesAhead(self._store, self._encoder, gives_way=on_cpu, wait_s=run.runtime.step_deadline_s)
         dtype = DTYPES[run.model.dtype]
         self._share = Share(layout=self._engine.layout(dtype), index=rank, count=world_size, exchange=_exchange)
         self._weights = make_sync(

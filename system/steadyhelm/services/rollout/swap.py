@@ -14,6 +14,7 @@ import torch
 
 from steadyhelm.data.types import PolicyVersion
 from steadyhelm.errors import ModelError
+from steadyhelm.weights.mirror import words
 
 
 class Swap:
@@ -46,7 +47,8 @@ class Swap:
             if new is None:
                 self._copies.append((target, given))
             else:
-                self._exchanges.append(([own[name] for name in names], new))
+                unnamed = [buffer for buffer in model.buffers() if _memory(buffer) == _memory(target)]
+                self._exchanges.append(([*(own[name] for name in names), *unnamed], new))
 
     def put(self) -> None:
         """Gives the model the tensors; no other thread may use it meanwhile."""
@@ -128,5 +130,5 @@ def _require_fit(
         given = [name for name in names if name in tensors]
         if not given:
             raise ModelError(f"{where}: the tensor {names[0]!r} is missing; {remedy}")
-        if any(not torch.equal(tensors[given[0]], tensors[name]) for name in given[1:]):
+        if any(not torch.equal(words(tensors[given[0]]), words(tensors[name])) for name in given[1:]):
             raise ModelError(f"{where}: {', '.join(given)} are one tensor in the model but come with unequal values")

@@ -25,8 +25,8 @@ from steadyhelm.errors import CorruptObjectError, ObjectExistsError, ObjectMissi
 from steadyhelm.store.checksum import Data, byte_views, make_ref, verify
 from steadyhelm.store.keys import MAX_KEY_BYTES, check_key, check_prefix
 from steadyhelm.store.local import check_range
-from steadyhelm.store.s3.requests import AgainError, Requests, code_of, status_of
-from steadyhelm.store.s3.transfer import MULTIPART_BYTES, BeyondEndError, Transfer, crc32, read_into
+from steadyhelm.store.s3.requests import AgainError, Requests, code_of, field, status_of
+from steadyhelm.store.s3.transfer import MULTIPART_BYTES, BeyondEndError, Transfer, crc32, read_into, read_to_end
 
 STALE_S = 3600.0
 """Age at which a multipart upload counts as left over by a writer that died."""
@@ -76,7 +76,7 @@ class S3Store:
 
     def flush(self, keys: Iterable[str]) -> None:
         """Makes sure that they are there: what the server has confirmed is durable. Raises ObjectMissingError."""
-        list(self._requests.connection.threads.map(self._head, keys))
+        list(self._requests.connection.threads.map(self._look_up, keys))
 
     def get(self, key: str) -> memoryview:
         """The object's bytes, read-only, in memory of their own. Raises ObjectMissingError."""
@@ -108,29 +108,40 @@ class S3Store:
         """Exactly the bytes ``[start, start + length)``. Raises ObjectMissingError, StoreError."""
         place = self._place(key)
         if start < 0 or length <= 0:
-            check_range(key, start, length, self._head(key))
+            check_range(key, start, length, self._size(key))
             return b""
         try:
             return bytes(self._transfer.download(place["Key"], key, start, length))
         except BeyondEndError:
-            check_range(key, start, length, self._head(key))
+            check_range(key, start, length, self._size(key))
             raise
 
     def list(self, prefix: str) -> Iterator[str]:
-        """The keys that begin with the string ``prefix``, in the order of their UTF-8 bytes."""
+        """The keys that begin with the string ``prefix``, in the order of their UTF-8 bytes.
+
+        Raises StoreError where the server lists them otherwise: some may then be missing behind a page's end.
+        """
         place = {"Bucket": self.address.bucket, "Prefix": self._root + check_prefix(prefix)}
+        last = b""
         while True:
             page = self._requests.run("list", prefix, lambda s3, _: s3.list_objects_v2(**place))
             for item in page.get("Contents", ()):
+                name = item["Key"].encode()
+                if name <= last:
+                    raise StoreError(
+                        f"{self.uri} lists {item['Key']!r} behind {last.decode()!r}: the order of keys is not that of "
+                        "their bytes, which a run relies on; use a server that keeps it (S3's directory buckets do not)"
+                    )
+                last = name
                 yield item["Key"].removeprefix(self._root)
             if not page.get("IsTruncated"):
                 return
-            place["ContinuationToken"] = page["NextContinuationToken"]
+            place["ContinuationToken"] = field(page, "NextContinuationToken", prefix)
 
     def exists(self, key: str) -> bool:
         """Whether there is an object of that key."""
         try:
-            self._head(key)
+            self._look_up(key)
         except ObjectMissingError:
             return False
         return True
@@ -150,7 +161,7 @@ class S3Store:
         swept = []
         while True:
             page = self._requests.run("list uploads of", prefix, lambda s3, _: s3.list_multipart_uploads(**place))
-            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+            now = parsedate_to_datetime(field(page["ResponseMetadata"]["HTTPHeaders"], "date", prefix))
             for upload in page.get("Uploads", ()):
                 if (now - upload["Initiated"]).total_seconds() < older_s:
                     continue
@@ -160,7 +171,8 @@ class S3Store:
                     self._abort(key, upload["UploadId"])
             if not page.get("IsTruncated"):
                 return tuple(swept)
-            place.update(KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"])
+            place["KeyMarker"] = field(page, "NextKeyMarker", prefix)
+            place["UploadIdMarker"] = field(page, "NextUploadIdMarker", prefix)
 
     def _place(self, key: str) -> dict[str, str]:
         """Bucket and full key, as boto3 takes them. Raises StoreError for a bad key."""
@@ -185,10 +197,15 @@ class S3Store:
             "since it does not: look at the bucket with another tool"
         )
 
-    def _head(self, key: str) -> int:
-        """The object's size. Raises ObjectMissingError."""
+    def _look_up(self, key: str) -> dict[str, Any]:
+        """What the server says of an object. Raises ObjectMissingError."""
         place = self._place(key)
-        return int(self._requests.run("look up", key, lambda s3, _: s3.head_object(**place))["ContentLength"])
+        found: dict[str, Any] = self._requests.run("look up", key, lambda s3, _: s3.head_object(**place))
+        return found
+
+    def _size(self, key: str) -> int:
+        """Bytes of an object. Raises ObjectMissingError, StoreError."""
+        return int(field(self._look_up(key), "ContentLength", key))
 
     def _abort(self, key: str, upload: str) -> None:
         place = {**self._place(key), "UploadId": upload}
@@ -215,12 +232,15 @@ def _created(put: dict[str, Any], s3: Any, _: float) -> bool:
 
 
 def _open(place: dict[str, str], s3: Any, ends: float) -> tuple[int, str, memoryview | None]:
-    """Size and ETag of an object, and its bytes unless it is so large that it is better read in parts."""
+    """An object's size, and its bytes or, where it is so large that it is better read in parts, its ETag."""
     answer = s3.get_object(**place, ChecksumMode="ENABLED")
-    size = int(answer["ContentLength"])
     with contextlib.closing(answer["Body"]) as body:
+        if "ContentLength" not in answer:  # it comes in chunks, whose end shows
+            data = memoryview(read_to_end(body, ends))
+            return data.nbytes, "", data
+        size = int(answer["ContentLength"])
         if size > MULTIPART_BYTES:
-            return size, answer["ETag"], None
+            return size, field(answer, "ETag", place["Key"]), None
         buffer = np.empty(size, np.uint8).data
         read_into(body, buffer, ends)
-    return size, answer["ETag"], buffer.toreadonly()
+    return size, "", buffer.toreadonly()

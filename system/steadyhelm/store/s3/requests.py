@@ -1,8 +1,8 @@
 """One request to an S3 server: tried again with jitter until its deadline, every failure told apart.
 
-Failures that pass (silence, a reset, an answer cut short, 5xx, 429, "slow down", a checksum that shows damage on the
-way) are tried again. All others end the call at once with an error that says what to do. Messages name the server's
-error code, never its text, which may quote signatures.
+Failures that pass (silence, a reset, an answer cut short, 5xx but for what the server lacks, 429, "slow down", a
+checksum that shows damage on the way) are tried again. All others end the call at once with an error that says what to
+do. Messages name the server's error code, never its text, which may quote signatures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from steadyhelm.config.s3 import S3Address
@@ -26,17 +26,25 @@ FIRST_ANSWER_S = 20.0
 NOTICE_S = 10.0
 """A request that has been failing for so long says so in the log, and again after each such period."""
 
-_PASSING_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+ONE_WINNER = "a server that keeps it (AWS S3, Ceph RGW, versitygw with 'posix --concurrency 1'), or a folder"
+"""What to use where conditional creation does not hold."""
+
+_PASSING_STATUS = frozenset({408, 409, 425, 429})
+_LACKING_STATUS = frozenset({501, 505, 507})
+"""Failures of a server that do not pass: it knows no such request, no such protocol, or has no room."""
 _PASSING_CODES = frozenset(
     {
         "BadDigest",
         "IncompleteBody",
         "InternalError",
+        "RequestLimitExceeded",
         "RequestTimeout",
         "SlowDown",
         "SlowDownRead",
         "SlowDownWrite",
+        "Throttled",
         "Throttling",
+        "ThrottlingException",
         "XAmzContentChecksumMismatch",
         "XAmzContentSHA256Mismatch",
     }
@@ -47,6 +55,10 @@ _FOLDER_CODES = frozenset(
 )
 _CREDENTIALS = "give right credentials in the environment, a profile or the machine's role"
 _FULL = "the store is full: free some space or raise the quota, then resume the run"
+_LACKS = (
+    "the server does not know such a request; a run needs conditional creation (If-None-Match) above all: use "
+    f"{ONE_WINNER}"
+)
 _REMEDIES = {
     "AccessDenied": "the credentials may not do that: grant them reading, writing, listing and deleting there",
     "403": "the credentials may not do that: grant them reading, writing, listing and deleting there",
@@ -59,6 +71,8 @@ _REMEDIES = {
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it, then resume the run",
     "PermanentRedirect": "the bucket is in another region: give it in store.uri as ?region=…",
     "AuthorizationHeaderMalformed": "the bucket is in another region: give it in store.uri as ?region=…",
+    "NotImplemented": _LACKS,
+    "501": _LACKS,
     "QuotaExceeded": _FULL,
     "XMinioStorageFull": _FULL,
     "507": _FULL,
@@ -147,6 +161,13 @@ class Requests:
         return StoreError(f"{place}: {_named(error)}: mend store.uri, or the AWS_* settings of the environment")
 
 
+def field(answer: Mapping[str, Any], name: str, key: str) -> Any:
+    """What the server's answer about ``key`` says under ``name``. Raises StoreError where it says nothing there."""
+    if name not in answer:
+        raise StoreError(f"the server answers without {name} about {key!r}: it is no whole S3 server, use another")
+    return answer[name]
+
+
 def code_of(error: BaseException | None) -> str:
     """The server's error code (``"NoSuchKey"``); empty where it is no answer of the server."""
     answer = getattr(error, "response", None)
@@ -176,7 +197,8 @@ def _passes(error: Exception) -> bool:
 
     if status := status_of(error):
         code = code_of(error)
-        return code not in _FOLDER_CODES and (code in _PASSING_CODES or status in _PASSING_STATUS)
+        passing = status in _PASSING_STATUS or (status >= 500 and status not in _LACKING_STATUS)
+        return code not in _FOLDER_CODES and (code in _PASSING_CODES or passing)
     if isinstance(error, of.SSLError):
         return "CERTIFICATE_VERIFY_FAILED" not in str(error)
     on_the_way = (of.ConnectionError, of.HTTPClientError, of.IncompleteReadError, of.FlexibleChecksumError)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from steadyhelm.errors import StoreError
-from steadyhelm.store.s3.requests import AgainError, Requests, code_of, status_of
+from steadyhelm.store.s3.requests import AgainError, Requests, code_of, field, status_of
 
 T = TypeVar("T")
 PART_BYTES = 8 << 20
@@ -63,13 +63,14 @@ class Transfer:
         run = partial(self._requests.run, "write", name)
         place = {"Bucket": self._bucket, "Key": key}
         started = run(lambda s3, _: s3.create_multipart_upload(**place, ChecksumAlgorithm="CRC32"))
-        place["UploadId"] = started["UploadId"]
+        place["UploadId"] = field(started, "UploadId", name)
         ends = list(accumulate(view.nbytes for view in views))
 
         def put(number: int, span: tuple[int, int]) -> dict[str, Any]:
             body = _join(views, ends, *span)
             part = {"PartNumber": number, "ChecksumCRC32": crc32(body)}
-            return {**part, "ETag": run(lambda s3, _: s3.upload_part(**place, **part, Body=body))["ETag"]}
+            answer = run(lambda s3, _: s3.upload_part(**place, **part, Body=body))
+            return {**part, "ETag": field(answer, "ETag", name)}
 
         try:
             parts = self._side_by_side([partial(put, *numbered) for numbered in enumerate(_spans(0, ends[-1]), 1)])
@@ -140,6 +141,16 @@ def read_into(body: Any, buffer: memoryview, ends: float) -> None:
             raise AgainError("the answer ends early")
     if body.read(1):  # at the end this verifies the server's checksum, where there is one
         raise AgainError("the answer goes on behind its end")
+
+
+def read_to_end(body: Any, ends: float) -> bytes:
+    """All of an answer's bytes, of which it does not say how many they are. Raises AgainError behind the deadline."""
+    found = bytearray()
+    while chunk := body.read(CHUNK_BYTES):
+        found += chunk
+        if time.monotonic() > ends:
+            raise AgainError("the answer goes on behind its deadline")
+    return bytes(found)
 
 
 def crc32(body: bytes | bytearray) -> str:
