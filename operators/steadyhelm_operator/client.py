@@ -95,6 +95,14 @@ class Kubernetes:
         except MissingError:
             return None
 
+    def knows_clusters(self, namespace: str) -> bool:
+        """Whether Kubernetes knows RayClusters, as it does once KubeRay is installed."""
+        try:
+            self._ask("GET", f"{CLUSTERS.format(namespace)}?limit=1")
+        except MissingError:
+            return False
+        return True
+
     def create_cluster(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Makes a RayCluster; returns it. Raises MissingError where Kubernetes knows no RayClusters."""
         return self._ask("POST", CLUSTERS.format(manifest["metadata"]["namespace"]), manifest)
@@ -104,8 +112,11 @@ class Kubernetes:
         return self._ask("PATCH", f"{CLUSTERS.format(cluster.namespace)}/{cluster.name}", patch, PATCH)
 
     def delete_cluster(self, cluster: ClusterView) -> None:
-        """Deletes this very RayCluster, whatever its version; one that is gone, or another by now, is left alone."""
-        body = {"preconditions": {"uid": cluster.uid}, "propagationPolicy": "Background"}
+        """Deletes this very RayCluster, whatever its version; one that is gone, or another by now, is left alone.
+
+        It is gone once its pods are: they go first, within their grace.
+        """
+        body = {"preconditions": {"uid": cluster.uid}, "propagationPolicy": "Foreground"}
         try:
             self._ask("DELETE", f"{CLUSTERS.format(cluster.namespace)}/{cluster.name}", body)
         except (MissingError, ConflictError):

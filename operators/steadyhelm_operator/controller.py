@@ -163,6 +163,14 @@ class Controller:
             thread.join(max(0.0, ends - time.monotonic()))
         self._threads.clear()
 
+    def knows_clusters(self, namespace: str) -> bool:
+        """Whether Kubernetes is known to know RayClusters."""
+        try:
+            return self._kubernetes.knows_clusters(namespace)
+        except SteadyhelmError as error:
+            log.warning("whether there are RayClusters in %s is not known: %s", namespace, error)
+            return False
+
     def healthy(self) -> bool:
         """Whether its threads live and get on."""
         return all(thread.is_alive() for thread in self._threads) and time.monotonic() - self.beat < 120

@@ -24,8 +24,13 @@ The API server takes whole seconds only."""
 log = logging.getLogger("steadyhelm.operator")
 
 
-def registry(controller: Controller) -> kopf.OperatorRegistry:
-    """The handlers that feed ``controller``."""
+def registry(controller: Controller, unwatched: str = "") -> kopf.OperatorRegistry:
+    """The handlers that feed ``controller``.
+
+    Args:
+        controller: what does the work.
+        unwatched: a namespace, where RayClusters came too late to be watched; then the probe fails once they are there.
+    """
     made = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=made, retries=5, backoff=2.0)
@@ -44,6 +49,8 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
     def alive(**_: Any) -> str:
         if not controller.healthy():
             raise kopf.PermanentError("the threads that look after runs do not get on")
+        if unwatched and controller.knows_clusters(unwatched):
+            raise kopf.PermanentError("KubeRay was installed after the start: the next process watches its RayClusters")
         return "yes"
 
     return made
@@ -87,11 +94,14 @@ async def serve(
             tick()
             await asyncio.sleep(1.0)
 
+    unwatched = ""
+    if namespaces and not await asyncio.to_thread(controller.knows_clusters, namespaces[0]):
+        unwatched = namespaces[0]  # without rights on the whole cluster kopf does not hear of new kinds of objects
     controller.start(workers)
     ticker = asyncio.create_task(ticking())
     try:
         await kopf.operator(
-            registry=registry(controller),
+            registry=registry(controller, unwatched),
             settings=settings(namespaces),
             standalone=True,
             clusterwide=not namespaces,

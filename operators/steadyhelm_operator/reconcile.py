@@ -52,6 +52,9 @@ SOON_S, POLL_S, WATCHED_S = 3.0, 15.0, 20.0
 """Seconds to the next look: at what is about to change; at a driver that works; at what a watch tells of anyway."""
 SPEECHLESS_S = 120.0
 """Seconds after which a driver that serves no status is taken to be at work: another run may have the port."""
+ENDING_S = 600.0
+"""Seconds past its driver's grace after which a deleted run no longer waits for its cluster's pods: those on a node
+that is lost end when it comes back, or is taken out of Kubernetes."""
 FATAL = frozenset({"BadRunFile", "BadData", "BadModel", "TakenOver"})
 """Reasons that another attempt would meet again. A run that somebody else took over is theirs: the predecessors of an
 attempt have all ended, so it was none of them, and to take it back would go to and fro for ever."""
@@ -511,7 +514,8 @@ class _Look:
         self.absorb()
         since = self.desired.deleting_since or self.now
         cleanup = self.desired.spec.cleanup if self.desired.spec else Cleanup()
-        patient = (self.now - since).total_seconds() < cleanup.stop_grace_seconds
+        waited_s = (self.now - since).total_seconds()
+        patient = waited_s < cleanup.stop_grace_seconds
         attempt = self.alive
         if attempt is not None:
             self.stop(attempt, "Deleted")
@@ -519,10 +523,11 @@ class _Look:
         if self.alive is not None and patient and (answers or self.own is None):
             text = "the driver saves a checkpoint and ends" if answers else self.silence()
             return self.say("Terminating", "Stopping", text, SOON_S)
-        if self.own is not None:
-            if not self.own.deleting:
-                self.act(DeleteCluster(cluster=self.own))
-            return self.say("Terminating", "DeletingCluster", "the run's cluster goes", SOON_S)
+        own = self.own
+        if own is not None and not (own.deleting and waited_s > cleanup.stop_grace_seconds + ENDING_S):
+            if not own.deleting:
+                self.act(DeleteCluster(cluster=own))
+            return self.say("Terminating", "DeletingCluster", "the run's cluster goes, its pods first", SOON_S)
         if self.alive is not None:
             text = "the driver could not be stopped in time and may go on: stop its job, or its cluster"
             self.say("Terminating", "GaveUpStopping", text)

@@ -44,13 +44,13 @@ DEFINITION = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 class Place:
     """An API server, the operator's process, and what stands in for the rest."""
 
-    def __init__(self, admin: Api, operator: Api, heads: FakeHeads, url: str, folder: Path) -> None:
+    def __init__(self, admin: Api, operator: Api, heads: FakeHeads, url: str, folder: Path, *more: str) -> None:
         self.admin, self.operator, self.heads, self.folder = admin, operator, heads, folder
         self.kubeconfig = operator.kubeconfig(folder / "operator.kubeconfig")
         self.health, self.metrics = free_port(), free_port()
         self.command = [
             sys.executable, "-m", "steadyhelm_operator", f"--jobs-url={url}", f"--status-url={url}",
-            f"--health-port={self.health}", f"--metrics-port={self.metrics}", "--workers=4",
+            f"--health-port={self.health}", f"--metrics-port={self.metrics}", "--workers=4", *more,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -103,12 +103,20 @@ class Place:
         found = self.admin.must("GET", "/apis/events.k8s.io/v1/namespaces/ns/events")["items"]
         return [event for event in found if event["regarding"]["name"] == name]
 
+    def collect(self, name: str, finalizers: list[str]) -> None:
+        """What stands in for Kubernetes' garbage collector: a cluster goes behind its pods, of which none are here."""
+        assert finalizers == ["foregroundDeletion"]
+        self.admin.call("PATCH", f"{CLUSTERS}/{name}", {"metadata": {"finalizers": None}}, MERGE)
+
     def ready(self, stop: threading.Event) -> None:
         """What stands in for KubeRay: RayClusters become ready, or suspended; their tokens are there."""
         while not stop.wait(0.3):
             with contextlib.suppress(AssertionError, OSError):
                 for body in self.admin.must("GET", CLUSTERS)["items"]:
                     name = body["metadata"]["name"]
+                    if "deletionTimestamp" in body["metadata"]:
+                        self.collect(name, body["metadata"]["finalizers"])
+                        continue
                     if name.endswith("provisioning"):
                         continue  # there is no room for its pods
                     wanted = SUSPENDED if body["spec"].get("suspend") else READY
@@ -136,47 +144,57 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, Api, Pa
     with api_server(programs(), folder) as (admin, operator):
         for namespace in ("ns", "steadyhelm-system"):
             admin.must("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-        stand_in = ROOT / "tests" / "cluster" / "stand_in"
-        kuberay = Path(os.environ.get("STEADYHELM_KUBERAY_CRDS", stand_in)) / "ray.io_rayclusters.yaml"
-        for definition in (yaml.load(kuberay.read_text(), yaml.CSafeLoader), crd()):
-            admin.must("POST", DEFINITION, definition)
-        for found in rendered_rights():
-            kind = f"{found['kind'].lower()}s"
-            admin.must("POST", f"/apis/rbac.authorization.k8s.io/v1/{kind}", found)
-        ends = time.monotonic() + 30
-        while not established(admin):
-            assert time.monotonic() < ends
-            time.sleep(0.2)
+        define(admin, kuberay_crd(), crd())
+        grant(admin)
         yield admin, operator, folder
 
 
-def established(admin: Api) -> bool:
-    """Whether the API server serves both kinds."""
-    found = [
-        condition["status"]
-        for definition in admin.must("GET", DEFINITION)["items"]
-        for condition in (definition.get("status") or {}).get("conditions") or ()
-        if condition["type"] == "Established"
-    ]
-    return found == ["True", "True"] and all(admin.call("GET", path)[0] == 200 for path in (RUNS, CLUSTERS))
+def kuberay_crd() -> dict[str, Any]:
+    """The CRD of RayClusters: KubeRay's where there is one, else the stand-in's."""
+    stand_in = ROOT / "tests" / "cluster" / "stand_in"
+    file = Path(os.environ.get("STEADYHELM_KUBERAY_CRDS", stand_in)) / "ray.io_rayclusters.yaml"
+    found: dict[str, Any] = yaml.load(file.read_text(), yaml.CSafeLoader)
+    return found
 
 
-def rendered_rights() -> list[dict[str, Any]]:
-    """The ClusterRoles and bindings as the chart renders them."""
+def define(admin: Api, *definitions: dict[str, Any]) -> None:
+    """Installs CRDs, and waits until the API server serves their objects."""
+    for definition in definitions:
+        admin.must("POST", DEFINITION, definition)
+    ends = time.monotonic() + 30
+    for definition in definitions:
+        path = {"trainingruns": RUNS, "rayclusters": CLUSTERS}[definition["spec"]["names"]["plural"]]
+        while admin.call("GET", path)[0] != 200:
+            assert time.monotonic() < ends
+            time.sleep(0.2)
+
+
+def grant(admin: Api, *words: str) -> None:
+    """Gives the operator the rights that its chart renders, and no others."""
     chart = ROOT / "charts" / "steadyhelm-operator"
-    command = [fetched("helm"), "template", "steadyhelm-operator", chart, "--namespace", "steadyhelm-system"]
+    command = [fetched("helm"), "template", "steadyhelm-operator", chart, "--namespace", "steadyhelm-system", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return [found for found in yaml.safe_load_all(done.stdout) if found and found["kind"].startswith("ClusterRole")]
+    for found in yaml.safe_load_all(done.stdout):
+        if found and "rbac.authorization.k8s.io" in found["apiVersion"]:
+            namespace = found["metadata"].get("namespace")
+            place = f"namespaces/{namespace}/" if namespace else ""
+            admin.must("POST", f"/apis/{found['apiVersion']}/{place}{found['kind'].lower()}s", found)
 
 
 @pytest.fixture(scope="module")
 def place(api: tuple[Api, Api, Path]) -> Iterator[Place]:
     """All of it, with the operator at work."""
-    admin, operator, folder = api
+    with at_work(*api) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def at_work(admin: Api, operator: Api, folder: Path, *words: str) -> Iterator[Place]:
+    """The operator's process with these options, and what stands in for heads, KubeRay and garbage collection."""
     heads = FakeHeads(token="token-of-the-ray-api")
     stop = threading.Event()
     with heads.served() as url:
-        found = Place(admin, operator, heads, url, folder)
+        found = Place(admin, operator, heads, url, folder, *words)
         keeper = threading.Thread(target=found.ready, args=(stop,), daemon=True)
         keeper.start()
         found.start()
@@ -433,3 +451,32 @@ def test_deleting_leaves_nothing(place: Place, state: str):
     place.gone(name)
     silent = state == "Recovering"  # its head cannot be told, and goes with the cluster's pods
     assert silent or place.heads.live("ns", name) == []
+
+
+def test_with_the_rights_in_one_namespace_alone_runs_there_are_looked_after_as_soon_as_kuberay_is_there(tmp_path: Path):
+    with api_server(programs(), tmp_path) as (admin, operator):
+        for namespace in ("ns", "elsewhere", "steadyhelm-system"):
+            admin.must("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+        define(admin, crd())
+        grant(admin, "--set", "namespaces={ns}")
+        assert operator.call("GET", RUNS.replace("/ns/", "/elsewhere/"))[0] == 403
+        with at_work(admin, operator, tmp_path, "--namespace=ns") as place:
+            elsewhere = {**training_run(name="digits", cluster=OWN), "metadata": {"name": "digits"}}
+            admin.must("POST", RUNS.replace("/ns/", "/elsewhere/"), elsewhere)
+            place.create("digits")
+            place.until("digits", lambda status: status.get("reason") == "NoKubeRay")
+            assert asked(place.health, "healthz")[0] == 200
+            define(admin, kuberay_crd())
+            ends = time.monotonic() + 60
+            while asked(place.health, "healthz")[0] != 500:  # kopf remembers an answer for ten seconds
+                assert time.monotonic() < ends
+                time.sleep(1.0)
+            place.kill()  # as the kubelet does by that
+            place.start()
+            place.phase("digits", "Running")
+            admin.call("DELETE", f"{CLUSTERS}/digits")  # a watch alone tells of it
+            place.until("digits", lambda status: status["attempt"] == 2 and status["phase"] == "Running")
+            assert asked(place.health, "healthz")[0] == 200
+            admin.must("DELETE", f"{RUNS}/digits")
+            place.gone("digits")
+        assert "status" not in (admin.get(RUNS.replace("/ns/", "/elsewhere/") + "/digits") or {})

@@ -84,7 +84,7 @@ def test_a_patch_whose_test_does_not_hold_is_a_conflict():
 def test_a_cluster_is_deleted_by_its_uid_and_one_that_is_gone_is_gone():
     with answering(200, {}) as (url, seen):
         at(url).delete_cluster(CLUSTER)
-    assert seen[0][4]["preconditions"] == {"uid": "u"}
+    assert seen[0][4] == {"preconditions": {"uid": "u"}, "propagationPolicy": "Foreground"}
     for gone in (404, 409):
         with answering(gone, {}) as (url, _):
             at(url).delete_cluster(CLUSTER)

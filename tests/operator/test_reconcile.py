@@ -697,6 +697,21 @@ def test_deleting_does_not_wait_for_the_silent_head_of_a_cluster_that_goes_anywa
     assert [type(a) for a in world.look().actions] == [Release]
 
 
+def test_deleting_waits_for_the_pods_of_its_cluster_and_not_for_ever():
+    world = running(own())
+    world.delete()
+    world.settle(2)
+    (cluster,) = (a.cluster for d in world.decisions for a in d.actions if isinstance(a, DeleteCluster))
+    world.cluster = {"name": cluster.name, "uid": cluster.uid, "owner": cluster.owner, "deleting": True}
+    world.cluster |= {"head_ready": False, "suspend": False}  # its pods end within their grace
+    for _ in range(20):
+        assert world.look().actions == ()
+        assert (world.status.phase, world.status.reason) == ("Terminating", "DeletingCluster")
+        world.wait(30)
+    world.wait(200)
+    assert [type(a) for a in world.look().actions] == [Release]
+
+
 def test_a_run_that_is_deleted_before_it_was_seen_is_left_alone():
     world = own()
     world.run["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
