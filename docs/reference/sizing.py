@@ -279,8 +279,8 @@ def _others() -> list[str]:
     return [
         *lines,
         "",
-        "An engine of several GPUs takes `runtime.gpus_per_engine` and the server's own argument in",
-        '`rollout.engine.args` (`["--tensor-parallel-size", "2"]` for vLLM, `["--tp", "2"]` for SGLang). Nobody',
+        "An engine of several GPUs takes `rollout.engine.tensor_parallel_size` and as many",
+        "`runtime.gpus_per_engine`, with vLLM and SGLang alike. Nobody",
         "has run that with our weight updates yet: try it with a short run first. A reference is never parted,",
         "but its actor reserves `runtime.gpus_per_engine` too.",
         "",

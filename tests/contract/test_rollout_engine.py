@@ -166,6 +166,18 @@ class TransformersSubject:
             path.write_bytes(data)
         return record
 
+    @contextmanager
+    def weights_by(self, way: Callable[[ObjectStore], WeightSync]) -> Iterator[None]:
+        """Within it ``record`` publishes this way, and the engine fetches so."""
+        before, self._weights = self._weights, way(self._store)
+        self.engine._fetch = self._weights.fetch
+        try:
+            yield
+        finally:
+            self._weights.close()
+            self._weights = before
+            self.engine._fetch = before.fetch
+
 
 @dataclass(frozen=True)
 class Lent:
@@ -206,18 +218,6 @@ class ServedSubject(TransformersSubject):
         self.engine = self._served(
             Guest(key=self.process.key, folder=folder, first=self._scorers[0].state_dict), dialect, FIRST
         )
-
-    @contextmanager
-    def weights_by(self, way: Callable[[ObjectStore], WeightSync]) -> Iterator[None]:
-        """Within it ``record`` publishes this way, and the engine fetches so."""
-        before, self._weights = self._weights, way(self._store)
-        self.engine._fetch = self._weights.fetch
-        try:
-            yield
-        finally:
-            self._weights.close()
-            self._weights = before
-            self.engine._fetch = before.fetch
 
     def put(self, image: bytes) -> ImageKey:
         return put_image(self._store, image)
@@ -608,20 +608,24 @@ async def test_a_server_samples_behind_an_update_in_flight_as_if_the_new_weights
             np.testing.assert_allclose(completion.logprobs[part], expected[part], rtol=0, atol=1e-4)
 
 
+REAL = ["transformers", *(pytest.param(name, marks=pytest.mark.engines) for name in SERVED)]
+
+
 @pytest.mark.parametrize("way", [LocalWeights, BroadcastWeights])
+@pytest.mark.parametrize("subject", REAL, indirect=True)
 async def test_weights_that_come_by_shared_memory_or_by_broadcast_are_the_trainers_too(
-    served: ServedSubject, way: type[LocalWeights | BroadcastWeights]
+    subject: TransformersSubject, way: type[LocalWeights | BroadcastWeights]
 ) -> None:
-    with served.weights_by(way):
-        requests = several(served, 4)
-        await answers(served, requests)
+    with subject.weights_by(way):
+        requests = several(subject, 4)
+        await answers(subject, requests)
         for index, iteration in enumerate((5, 6), 1):
-            await served.engine.apply_weights(served.record(PolicyVersion(iteration=iteration, attempt=2)))
-            found = await answers(served, requests)  # of the same images
+            await subject.engine.apply_weights(subject.record(PolicyVersion(iteration=iteration, attempt=2)))
+            found = await answers(subject, requests)  # of the same images
             for request in requests:
                 completion = found[request.prompt_id]
                 assert set(completion.versions.tolist()) == {iteration}
-                expected = served.logprobs(index, request, completion.tokens)
+                expected = subject.logprobs(index, request, completion.tokens)
                 np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
 
 

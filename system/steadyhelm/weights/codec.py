@@ -51,13 +51,17 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
 
 
 def header(
-    specs: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+    specs: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    multiple: int = 8,
 ) -> tuple[bytes, dict[str, int]]:
     """What a safetensors file begins with, and at which of its bytes each tensor begins.
 
     Args:
         specs: name, type and shape of each tensor, in the order of their bytes.
         metadata: goes into the header.
+        multiple: of how many bytes the first tensor begins at.
     """
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     begins: dict[str, int] = {}
@@ -67,7 +71,7 @@ def header(
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         begins[name], offset = offset, end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(_LENGTH.size + len(text)) % multiple)
     head = _LENGTH.pack(len(text)) + text
     return head, {name: len(head) + begin for name, begin in begins.items()}
 

@@ -50,6 +50,8 @@ PREFIX = "steadyhelm-weights-"
 """How the names of publishers' folders begin; each holds a file ``lock`` that its living owner has locked."""
 FOLDERS = (SHARED, Path(tempfile.gettempdir()))
 """Where they can be."""
+LINE_BYTES = 64
+"""A processor's cache line, and what its wide instructions load at once."""
 _UNLOCKED = "steadyhelm-starting-"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _REMEDY = "set weights.type to 'store'"
@@ -238,9 +240,13 @@ def this_machine() -> str:
 
 
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
-    """See ``codec.header``; wide types first, so that every tensor begins at a multiple of its elements' size."""
+    """See ``codec.header``; wide types first, so that every tensor begins at a multiple of its elements' size.
+
+    The first begins at a multiple of a cache line, and so do most others, whose sizes are multiples of one: a model
+    computes with them where they are.
+    """
     ordered = sorted(layout.specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
-    return codec.header(ordered, {"format": "pt"})
+    return codec.header(ordered, {"format": "pt"}, multiple=LINE_BYTES)
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:

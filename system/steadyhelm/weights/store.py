@@ -153,7 +153,9 @@ class StoreWeights:
                 return self._lend(self._follow(held, steps, record))
             except CorruptObjectError:  # our copy is not what it was: an anchor knows better
                 start, steps = self._way(record, None)
-        self._held = None if held is None or not held.in_use else held
+        if held is not None and not held.in_use:
+            self._held = None  # its memory goes before an anchor comes
+        del held
         return self._lend(self._follow(self._anchor(start), steps, record))
 
     def _lend(self, found: _Held) -> FetchedTensors:

@@ -1,5 +1,7 @@
 """New weights in a model's hands: exchanged where a tensor is alone in its memory, copied where it is not."""
 
+import weakref
+
 import pytest
 import torch
 from steadyhelm.errors import ModelError
@@ -98,6 +100,26 @@ def test_swaps_follow_one_another():
         swap.put()
         swap.forget_former()
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+class Fetched(dict[str, torch.Tensor]):
+    """Tensors of which a test sees whether somebody still has them."""
+
+
+def test_fetched_tensors_are_kept_only_as_long_as_the_model_serves_them():
+    for model, are_served in ((Fused(), True), (torch.nn.Linear(3, 2).double(), False)):
+        tensors = Fetched(given(model))
+        if are_served:
+            tensors["query"], tensors["value"] = tensors["fused"][:4], tensors["fused"][4:]
+        else:  # all of the model's memory is shared, as a device's is another than the host's
+            model.register_buffer("first", model.weight.data[:1], persistent=False)
+            model.bias = torch.nn.Parameter(model.weight.data.view(-1)[:2])
+            tensors = Fetched({name: tensor.double() for name, tensor in tensors.items()})
+        swap, lent = Swap(model, tensors, version(1)), weakref.ref(tensors)
+        swap.put()
+        del tensors
+        swap.forget_former()
+        assert (lent() is not None) == are_served
 
 
 def test_a_tensor_under_two_names_may_hold_what_equals_nothing():

@@ -76,6 +76,13 @@ def test_the_file_is_one_that_the_safetensors_library_reads(publisher):
     same_bits(load_file(found.path), {name: tensor.contiguous() for name, tensor in small_set().items()})
 
 
+@pytest.mark.parametrize("more", range(0, 64, 8))
+def test_tensors_begin_where_a_processor_loads_them_at_once(publisher, more):
+    tensors = {"x" * (1 + more): torch.randn(3, 16), "y": torch.randn(32)}
+    found = reader(publisher).fetch(publish(publisher, 0, tensors))
+    assert {tensor.data_ptr() % 64 for tensor in found.values()} == {0}
+
+
 @pytest.mark.parametrize("count", [2, 7])
 def test_ranks_write_a_part_each_of_one_file(memory, count):
     store, tensors = MemoryStore(), large_set()

@@ -199,18 +199,18 @@ class LearnerRank:
     def _published(self) -> dict[str, torch.Tensor]:
         """This rank's part of the weights, on the host until the next call; of a device's only what changed moves."""
         weights = self._engine.weights(DTYPES[self._spec.run.model.dtype], self._share.names)
-        lent = self._engine.stage == 3
         return {
-            name: self._mirror.host(name, tensor) if not tensor.is_cpu else tensor.clone() if lent else tensor
-            for name, tensor in weights
+            name: self._kept(tensor) if tensor.is_cpu else self._mirror.host(name, tensor) for name, tensor in weights
         }
 
     def _whole_weights(self, names: Container[str]) -> dict[str, torch.Tensor]:
         """Those of the policy's weights, by the model's names; all ranks call it together."""
         weights = self._engine.weights(DTYPES[self._spec.run.model.dtype], names)
-        # Under ZeRO-3 a gathered tensor is only lent
-        lent = self._engine.stage == 3
-        return {name: tensor.cpu().clone() if lent else tensor.cpu() for name, tensor in weights}
+        return {name: self._kept(tensor) if tensor.is_cpu else tensor.cpu() for name, tensor in weights}
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the host that stays until the next step: under ZeRO-3 a gathered one is only lent."""
+        return tensor.clone() if self._engine.stage == 3 else tensor
 
     def _from_rank_0(self, work: Callable[[], Any], read: Callable[[Any], T]) -> T:
         """What ``read`` makes of rank 0's JSON-able answer; all ranks return it, or raise what it raises."""

@@ -61,8 +61,12 @@ class Swap:
                 target.copy_(new)
 
     def forget_former(self) -> None:
-        """Gives back the memory that the model used before ``put``."""
+        """Gives back the memory that the model used before ``put``, and the tensors that it has copies of."""
         self._former.clear()
+        self._copies.clear()
+        fetched = {tensor.data_ptr() for tensor in self._tensors.values() if tensor.numel()}
+        if not any(new.data_ptr() in fetched for _, new in self._exchanges):
+            self._tensors = {}
 
 
 Memory = tuple[int, tuple[int, ...], tuple[int, ...]]
