@@ -19,9 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from steadyhelm.testing.s3_server import CREDENTIALS, ONE_AT_A_TIME, make_bucket, s3_server
 
 from tests.programs import fetched
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("steadyhelm", deadline=None)
+settings.load_profile("steadyhelm")
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = ROOT / "workloads" / "r1_reward"

@@ -262,7 +262,7 @@ def test_a_second_driver_is_refused_or_takes_over_and_the_first_one_woken_up_com
         os.kill(first.pid, signal.SIGSTOP)
         refused, _ = start().communicate(timeout=60)
         assert refused.startswith(
-            f"FatalError another driver is running run 'fake' in file://{tmp_path} (pid {first.pid}"
+            f"HeldError another driver is running run 'fake' in file://{tmp_path} (pid {first.pid}"
         )
         second = start("--take-over")
         told, _ = second.communicate(timeout=60)

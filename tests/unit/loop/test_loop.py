@@ -93,8 +93,8 @@ async def test_who_wants_to_know_is_told_while_a_batch_is_awaited():
     log = CommitLog.take_over(store, RUN.name, "test")
     loop = Loop(services, log, RunLayout(RUN.name), RUN, lambda _: None, meanwhile, look_s=0.01)
     await asyncio.wait_for(drive(loop), 60)
-    assert said
-    assert all(iteration == 2 and seconds > 0 for iteration, seconds in said)
+    assert 2 in {iteration for iteration, _ in said}
+    assert all(seconds > 0 for _, seconds in said)
     assert services.learner.applied == EVERY_ID
 
 
