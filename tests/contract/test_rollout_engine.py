@@ -651,12 +651,17 @@ async def test_a_request_that_the_server_refuses_is_an_error_of_its_data(served:
 
 
 async def test_orders_share_the_server_and_none_waits_for_another_to_end(served: ServedSubject) -> None:
-    long = asyncio.create_task(answers(served, several(served, 6), Sampling(max_new_tokens=600)))
-    await asyncio.sleep(0.3)
-    short = await answers(served, several(served, 2), Sampling(max_new_tokens=2))
-    assert len(short) == 2
-    assert not long.done()
-    await long
+    overtaken = False
+    for _ in range(5):  # on a busy machine the long order may be at its end before the short one is sent
+        long = asyncio.create_task(answers(served, several(served, 6), Sampling(max_new_tokens=600)))
+        await asyncio.sleep(0.3)
+        short = await answers(served, several(served, 2), Sampling(max_new_tokens=2))
+        assert len(short) == 2
+        overtaken = overtaken or not long.done()
+        await long
+        if overtaken:
+            break
+    assert overtaken
 
 
 @pytest.mark.engines
