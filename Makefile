@@ -82,8 +82,10 @@ bench: setup ## every benchmark, quickly
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu tests
 
-constraints: ## pin every dependency again
-	@PYTHON="$(PYTHON)" .ci/uv pip compile pyproject.toml --all-extras --python-version 3.11 --no-emit-index-url --no-annotate --no-header --upgrade --quiet -o constraints.txt
+PIN = PYTHON="$(PYTHON)" .ci/uv pip compile --python-version 3.11 --no-emit-index-url --no-annotate --no-header --upgrade --quiet
+constraints: ## pin every dependency again, ours and those of the engine servers on GPUs
+	@$(PIN) pyproject.toml --all-extras -o constraints.txt
+	@for engine in vllm sglang; do $(PIN) engines/$$engine.txt engines/plugin/pyproject.toml -o engines/$$engine.constraints.txt || exit 1; done
 
 clean: ## remove what the commands made here
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

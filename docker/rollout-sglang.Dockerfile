@@ -23,7 +23,8 @@ ARG PACKAGE_INDEX
 WORKDIR /build
 COPY docker/environment ./
 COPY engines engines
-RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/engine --requirement engines/sglang.txt ./engines/plugin
+RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/engine --constraint engines/sglang.constraints.txt \
+      --requirement engines/sglang.txt ./engines/plugin
 
 FROM environment AS code
 COPY README.md LICENSE pyproject.toml ./

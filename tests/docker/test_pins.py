@@ -49,9 +49,14 @@ def test_an_environment_resolves_to_what_it_names(build: Path, extras: list[str]
     (build / "requirements.txt").write_text(lines)
     found = resolved(build, words)
     named = {word for word in words if "==" in word}
-    for engine in re.findall(r"engines/(\w+\.txt)", " ".join(words)):
-        named |= set(re.findall(r"^[\w.-]+==\S+$", (ROOT / "engines" / engine).read_text(), re.MULTILINE))
+    pinned = set(named)
+    for file in re.findall(r"\S+(?<!requirements)\.txt", " ".join(words)):
+        pins = re.findall(r"^[\w.-]+==\S+$", (build / file).read_text(), re.MULTILINE)
+        pinned.update(pins)
+        if "constraints" not in file:
+            named.update(pins)
     assert named <= found
+    assert found <= pinned, "what comes along is not pinned: `make constraints`"
     assert len(found) > 20
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steadyhelm.errors import CorruptObjectError
+from steadyhelm.errors import CorruptObjectError, ModelError
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
@@ -62,11 +62,17 @@ def header(
         specs: name, type and shape of each tensor, in the order of their bytes.
         metadata: goes into the header.
         multiple: of how many bytes the first tensor begins at.
+
+    Raises:
+        ModelError: a tensor is of a type that weights are not kept in.
     """
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     begins: dict[str, int] = {}
     offset = 0
     for name, dtype, shape in specs:
+        if dtype not in DTYPE_NAMES:
+            kept = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_NAMES)
+            raise ModelError(f"tensor {name!r} is {dtype}, and weights are kept as {kept}: convert it to one of these")
         end = offset + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         begins[name], offset = offset, end

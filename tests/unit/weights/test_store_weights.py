@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from steadyhelm.data.types import PolicyVersion, WeightsRecord
-from steadyhelm.errors import CorruptObjectError, ObjectMissingError
+from steadyhelm.errors import CorruptObjectError, ModelError, ObjectMissingError
 from steadyhelm.store import open_store
 from steadyhelm.weights.checksum import set_checksum
 from steadyhelm.weights.codec import decode, encode
@@ -43,6 +43,11 @@ def test_the_codec_writes_what_the_safetensors_library_reads_and_the_other_way_r
     found, metadata = decode(save(contiguous, {"format": "pt"}), "x")
     same_bits(found, tensors())
     assert metadata == {"format": "pt"}
+
+
+def test_a_type_that_weights_are_not_kept_in_is_refused_by_name():
+    with pytest.raises(ModelError, match="tensor 'b' is torch.complex64, and weights are kept as float32"):
+        encode({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.complex64)})
 
 
 def test_decoded_tensors_have_memory_of_their_own():
