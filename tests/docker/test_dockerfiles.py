@@ -81,7 +81,8 @@ def test_an_engine_lies_in_an_environment_of_its_own_that_the_runtime_is_told_of
     file = read(f"rollout-{engine}")
     stage = next(stage for stage in file.stages if stage.name == "engine")
     (install,) = stage.all("RUN")
-    assert f"/opt/engine --requirement engines/{engine}.txt ./engines/plugin" in install
+    pins = f"--constraint engines/{engine}.constraints.txt"
+    assert f"/opt/engine {pins} --requirement engines/{engine}.txt ./engines/plugin" in install
     requirements = (ROOT / "engines" / f"{engine}.txt").read_text().splitlines()
     assert engine in pinned(requirements)
     assert f"STEADYHELM_{engine.upper()}_PYTHON=/opt/engine/bin/python" in file.stages[-1].all("ENV")[0]

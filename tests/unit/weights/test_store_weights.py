@@ -46,7 +46,7 @@ def test_the_codec_writes_what_the_safetensors_library_reads_and_the_other_way_r
 
 
 def test_a_type_that_weights_are_not_kept_in_is_refused_by_name():
-    with pytest.raises(ModelError, match="tensor 'b' is torch.complex64, and weights are kept as float32"):
+    with pytest.raises(ModelError, match=r"tensor 'b' is torch\.complex64, and weights are kept as float32"):
         encode({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.complex64)})
 
 
