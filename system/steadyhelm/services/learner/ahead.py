@@ -81,7 +81,7 @@ class BatchesAhead:
     def num_bytes(self) -> int:
         """Bytes of the objects kept."""
         with self._lock:
-            return sum(ref.num_bytes for ref in self._kept)
+            return self._sum()
 
     @property
     def share(self) -> float:
@@ -144,6 +144,9 @@ class BatchesAhead:
         for threads in (self._readers, self._preparers):
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def _sum(self) -> int:
+        return sum(ref.num_bytes for ref in self._kept)
+
     def _guarded(self, work: Callable[[int, Key], None], iteration: int, key: Key) -> None:
         try:
             work(iteration, key)
@@ -154,8 +157,8 @@ class BatchesAhead:
 
     def _fetch(self, iteration: int, ref: ObjectRef) -> None:
         with self._lock:
-            size = sum(kept.num_bytes for kept in self._kept) + ref.num_bytes
-            if iteration <= self._reached or ref in self._kept or size > self._max_bytes:
+            is_wanted = iteration > self._reached and ref not in self._kept
+            if not is_wanted or self._sum() + ref.num_bytes > self._max_bytes:
                 return
         data = self._store.read(ref)
         with self._lock:

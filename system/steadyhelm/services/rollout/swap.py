@@ -53,7 +53,7 @@ class Swap:
     def put(self) -> None:
         """Gives the model the tensors; no other thread may use it meanwhile."""
         for holders, new in self._exchanges:
-            self._former.append(holders[0].data)  # giving memory back takes time: see ``release``
+            self._former.append(holders[0].data)  # giving memory back takes time: see ``forget_former``
             for holder in holders:
                 holder.data = new
         with torch.inference_mode():

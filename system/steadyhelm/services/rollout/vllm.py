@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,17 +115,21 @@ class VllmDialect:
         """See ``Dialect``."""
         mode = "abort" if abort else "keep"
         await server.post(f"/pause?mode={mode}&clear_cache=false", deadline_s=CONTROL_S)
-        for answer in await self._on_workers(server, "steadyhelm_swap", digest):
+        # Nothing is sampled now, so that these can be under way together: most of each is the way there and back.
+        # Requests in flight give up their keys and values too: the reset fails while anybody holds some.
+        swapped, cache, *_ = await asyncio.gather(
+            self._on_workers(server, "steadyhelm_swap", digest),
+            server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S),
+            server.post("/reset_encoder_cache", deadline_s=CONTROL_S),
+            server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S),
+        )
+        for answer in swapped:
             if (answer["state"], answer["digest"]) != ("swapped", digest):
                 raise EngineLostError(f"the workers answered {answer}")
-        await server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S)
-        # Requests in flight give up their keys and values too: the reset fails while anybody holds some.
-        found = await server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S)
         with understood(server, NAME):
-            is_empty = found["success"]
+            is_empty = cache["success"]
         if not is_empty:
             raise EngineLostError("the cache of keys and values still has some of the old weights")
-        await server.post("/reset_encoder_cache", deadline_s=CONTROL_S)
         await server.post("/resume", deadline_s=CONTROL_S)
 
     async def _on_workers(self, server: EngineServer, method: str, *args: str) -> list[dict[str, str]]:
