@@ -1,9 +1,10 @@
 """How long real vLLM and SGLang servers pause for new weights, as a share of an iteration, on CPUs.
 
-The tiny Qwen2.5-VL of the digits task. An iteration is what a run's is, one part behind the other: a batch with images
-sampled by the server, an optimiser step of the trainer on that batch, a lossless delta through a store in a folder to
-the server, which goes on with requests in flight. The pause is what the engine reports: from the request to pause until
-the server has resumed; ``swap`` in it is the server's own work on the weights, the rest is what it takes to ask.
+The tiny Qwen2.5-VL of the digits task, and an iteration as its recipe has it, one part behind the other: 256
+completions with an image each sampled by the server, the trainer's optimiser steps on them, 128 at a time, a lossless
+delta through a store in a folder to the server, which goes on with requests in flight. The pause is the time in which
+nothing is sampled: from the server's word that it has paused until its word that it goes on. Before it, while the
+server ends the step that is under way, tokens still come; that time is in ``sync``.
 
 Servers need their environments (``make engines``).
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import runpy
 import statistics
 import subprocess
 import tempfile
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import policies
 import torch
 from PIL import Image
 from steadyhelm import telemetry
@@ -49,7 +50,7 @@ SERVERS: Mapping[str, tuple[Callable[[], Dialect], Callable[[ServerSpec], Plan]]
 }
 TOKENS = 38
 """Of a completion at most, as in the digits task."""
-MICRO_BATCH = 32
+PROMPTS, TRAIN_BATCH, MICRO_BATCH = 256, 128, 32
 MIN_PIXELS, MAX_PIXELS = 3136, 100352
 IN_FLIGHT = 4
 """Requests that the server has while the weights come."""
@@ -79,7 +80,7 @@ class Learner:
         self._optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
 
     def step(self, requests: Sequence[EngineRequest], completions: Mapping[PromptId, Completion]) -> None:
-        """One optimiser step."""
+        """The optimiser steps of an iteration."""
         for start in range(0, len(requests), MICRO_BATCH):
             rows = [
                 TokenSequence(
@@ -94,8 +95,9 @@ class Learner:
                 self.model, batch, temperature=1.0, banned_ids=self._encoder.banned_ids
             )
             (-logprobs.mean()).backward()  # type: ignore[no-untyped-call]
-        self._optimiser.step()
-        self._optimiser.zero_grad()
+            if not (start + MICRO_BATCH) % TRAIN_BATCH:
+                self._optimiser.step()
+                self._optimiser.zero_grad()
 
 
 def engine_python(name: str) -> str:
@@ -176,11 +178,11 @@ async def iterations(name: str, folder: Path, scratch: Path, number: int, turns:
 def measure(quick: bool) -> list[Row]:
     """The rows of both servers; of vLLM's alone for a quick look."""
     torch.set_num_threads(1)
-    number, turns, names = (32, 3, ["vllm"]) if quick else (128, 7, list(SERVERS))
+    number, turns, names = (TRAIN_BATCH, 3, ["vllm"]) if quick else (PROMPTS, 7, list(SERVERS))
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        runpy.run_path(str(ROOT / "workloads" / "r1_reward" / "tiny_model.py"))["build"](folder, 0)
+        policies.build(folder)
         for name in names:
             found = asyncio.run(iterations(name, folder, Path(scratch), number, turns))
             share = 100 * statistics.median(item.share for item in found)

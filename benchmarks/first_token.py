@@ -6,7 +6,6 @@ Learner and engine are one process here, so a publisher and an engine do not sha
 from __future__ import annotations
 
 import asyncio
-import runpy
 import shutil
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import policies
 import torch
 from steadyhelm import telemetry
 from steadyhelm.config.weights import BroadcastTransport, LocalTransport, StoreTransport, Weights
@@ -23,6 +23,7 @@ from steadyhelm.models.encoder import PromptEncoder
 from steadyhelm.models.load import load_model
 from steadyhelm.services.rollout.transformers import TransformersEngine
 from steadyhelm.store import LocalStore
+from steadyhelm.weights.mirror import Mirror
 from steadyhelm.weights.transports import make_sync
 from transformers import PreTrainedModel
 
@@ -33,7 +34,6 @@ TRANSPORTS: Mapping[str, Weights] = {
     "shared memory": LocalTransport(),
     "broadcast, gloo on loopback": BroadcastTransport(),
 }
-TINY_MODEL = Path(__file__).resolve().parents[1] / "workloads" / "r1_reward" / "tiny_model.py"
 SEQUENCES, TOKENS = 8, 32
 """A batch that an iteration samples at least, which a pause is compared with."""
 Tensors = Mapping[str, torch.Tensor]
@@ -51,10 +51,15 @@ class Swap:
 def model_folder(model: PreTrainedModel, folder: Path) -> None:
     """Saves a text model with the tokenizer of the digits task."""
     tiny = folder.with_name("tiny")
-    runpy.run_path(str(TINY_MODEL))["build"](tiny, 0)
+    policies.build(tiny)
     model.save_pretrained(folder)
     for file in (*tiny.glob("*token*"), *tiny.glob("chat_template*")):
         shutil.copy(file, folder)
+
+
+def on_host(tensors: Tensors, mirror: Mirror) -> Tensors:
+    """What a learner publishes of ``tensors``: they themselves, or the mirror's copies of a device's."""
+    return {name: tensor if tensor.is_cpu else mirror.host(name, tensor) for name, tensor in tensors.items()}
 
 
 def swaps(model: PreTrainedModel, before: Tensors, after: Tensors, turns: int) -> dict[str, Swap]:
@@ -70,10 +75,11 @@ def swaps(model: PreTrainedModel, before: Tensors, after: Tensors, turns: int) -
 
 async def _swap(folder: Path, root: Path, transport: Weights, versions: tuple[Tensors, Tensors], turns: int) -> Swap:
     store = LocalStore(root)
+    mirror, device = Mirror(), next(iter(versions[0].values())).device.type
     publisher, reader = (make_sync(transport, store, dtype=torch.bfloat16, threads=1) for _ in range(2))
     encoder = PromptEncoder(folder, min_pixels=3136, max_pixels=100352)
     engine = TransformersEngine(
-        load_model(folder, dtype="bfloat16"),
+        load_model(folder, dtype="bfloat16", device=device),
         encoder,
         batch=SEQUENCES,
         version=PolicyVersion(iteration=0, attempt=1),
@@ -83,7 +89,8 @@ async def _swap(folder: Path, root: Path, transport: Weights, versions: tuple[Te
     for turn in range(1, turns + 3):
         version = PolicyVersion(iteration=turn, attempt=1)
         started = time.perf_counter()
-        record = await asyncio.to_thread(publisher.publish, version, f"run/weights/{turn}", versions[turn % 2])
+        weights = await asyncio.to_thread(on_host, versions[turn % 2], mirror)
+        record = await asyncio.to_thread(publisher.publish, version, f"run/weights/{turn}", weights)
         with telemetry.collect() as spans:
             await engine.apply_weights(record)
         assert await _sample(engine, encoder, 1, 1) == {turn}

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "workloads" / "r1_reward"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+import policies  # noqa: E402
 import torch  # noqa: E402
 from steadyhelm.algorithms.minibatches import minibatches  # noqa: E402
 from steadyhelm.config import RunFile  # noqa: E402
@@ -117,10 +117,10 @@ class Setting:
 @contextmanager
 def prepared(size: Size) -> Iterator[Setting]:
     """The digits task's prompts with its traces as completions, in a temporary folder."""
-    digits, tiny_model = importlib.import_module("digits"), importlib.import_module("tiny_model")
-    with tempfile.TemporaryDirectory() as scratch, _constants(tiny_model, size.model):
+    digits = importlib.import_module("digits")
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        tiny_model.build(folder, 0)
+        policies.build(folder, constants=size.model)
         store = open_store(str(Path(scratch) / "store"))
         encoder = PromptEncoder(folder, min_pixels=3136, max_pixels=501760, fetch=lambda key: get_image(store, key))
         trajectories = [_trajectory(n, pair, encoder, store) for n, pair in enumerate(digits.sft_pairs()[: size.rows])]
@@ -144,16 +144,6 @@ def prepared(size: Size) -> Iterator[Setting]:
         yield Setting(
             size=size, folder=folder, store=store, trajectories=trajectories, totals=totals, manifest=manifest
         )
-
-
-@contextmanager
-def _constants(module: ModuleType, values: dict[str, int]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
 
 
 def _trajectory(number: int, pair: Any, encoder: PromptEncoder, store: ObjectStore) -> Trajectory:

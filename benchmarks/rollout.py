@@ -7,9 +7,9 @@ else in a real run's iteration that does not compute.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import io
-import runpy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +19,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import policies
+import table
 import torch
 from PIL import Image
 from steadyhelm.config.engine import TransformersEngine
@@ -31,22 +33,21 @@ from steadyhelm.services import ShardOrder
 from steadyhelm.services.rollout.worker import RolloutSpec, RolloutWorker
 from steadyhelm.store import open_store
 from steadyhelm.store.images import put_image
-from table import Row, main
+from table import Row
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_NEW_TOKENS = 48
 TEXTS = ("Which digit is it?", "Is the digit odd or even? Say why.", "Is it larger than 4? Compare both answers.")
 
 
-def measure(quick: bool) -> Sequence[Row]:
+def measure(device: str, chosen: str, quick: bool) -> Sequence[Row]:
     """Both ways on one model and one set of requests, rounds taking turns; medians over the rounds."""
     torch.set_num_threads(1)
     number, rounds, sizes = (64, 3, (32, 64)) if quick else (256, 5, (32, 64, 128, 256))
     with tempfile.TemporaryDirectory() as scratch:
         folder, uri = Path(scratch) / "model", str(Path(scratch) / "store")
-        runpy.run_path(str(ROOT / "workloads" / "r1_reward" / "tiny_model.py"))["build"](folder, 0)
-        prompts = _prompts(uri, number)
-        bare, service = _Bare(folder, uri, prompts), _Service(folder, uri, prompts)
+        policies.build(folder, chosen)
+        prompts, place = _prompts(uri, number), (device, "bfloat16" if chosen else "float32")
+        bare, service = _Bare(folder, uri, prompts, *place), _Service(folder, uri, prompts, *place)
         speeds: dict[tuple[str, int], list[float]] = {(way, size): [] for way in ("bare", "service") for size in sizes}
         for _ in range(rounds + 1):
             for size in sizes:
@@ -96,9 +97,10 @@ def _speed(run: Callable[[], int]) -> float:
 class _Bare:
     """``model.generate`` on batches that are ready: tokens encoded, images prepared, nothing stored."""
 
-    def __init__(self, folder: Path, uri: str, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, folder: Path, uri: str, prompts: Sequence[Prompt], device: str, dtype: str) -> None:
         store = open_store(uri)
-        self._model: Any = load_model(folder, dtype="float32")
+        self._device = device
+        self._model: Any = load_model(folder, dtype=dtype, device=device)
         self._encoder = PromptEncoder(
             folder, min_pixels=3136, max_pixels=100352, fetch=lambda key: bytes(store.get(key))
         )
@@ -120,7 +122,7 @@ class _Bare:
     def _prepared(self, size: int) -> list[dict[str, Any]]:
         if size not in self._batches:
             parts = [self._rows[start : start + size] for start in range(0, len(self._rows), size)]
-            batches = [collate(part, self._encoder, pad_side="left") for part in parts]
+            batches = [collate(part, self._encoder, pad_side="left").to(self._device) for part in parts]
             self._batches[size] = [
                 {
                     "input_ids": batch.input_ids,
@@ -147,8 +149,9 @@ class _Bare:
 class _Service:
     """The whole path of the rollout service: prompts, images from the store, tokens, generation, text, shard put."""
 
-    def __init__(self, folder: Path, uri: str, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, folder: Path, uri: str, prompts: Sequence[Prompt], device: str, dtype: str) -> None:
         self._prompts = tuple(prompts)
+        self._device, self._dtype = device, dtype
         self._folder, self._uri = str(folder), uri
         self._loop = asyncio.new_event_loop()
         self._workers: dict[int, RolloutWorker] = {}
@@ -168,12 +171,13 @@ class _Service:
         if size not in self._workers:
             self._workers[size] = RolloutWorker.build(
                 RolloutSpec(
-                    model=Model(path=self._folder, dtype="float32"),
+                    model=Model.model_validate({"path": self._folder, "dtype": self._dtype}),
                     data=Data(train="digits.py:train", max_pixels=100352),
                     rollout=Rollout(engine=TransformersEngine(batch=size), max_new_tokens=MAX_NEW_TOKENS),
                     folder=self._folder,
                     store_uri=self._uri,
                     version=PolicyVersion(iteration=0, attempt=1),
+                    device=self._device,
                 )
             )
         return self._workers[size]
@@ -195,9 +199,14 @@ class _Service:
         return sum(entry.value.num_tokens for entry in served)
 
 
+def main() -> None:
+    """The command line; ``table.main`` takes the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", choices=policies.SHAPES, default="")
+    given, rest = parser.parse_known_args()
+    table.main(__doc__ or "", partial(measure, given.device, given.size), rest)
+
+
 if __name__ == "__main__":
-    main(
-        "The rollout service (prompts to stored shards, in this process: no hop through Ray) against bare Transformers "
-        "generate, one thread.",
-        measure,
-    )
+    main()

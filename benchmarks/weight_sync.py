@@ -11,29 +11,36 @@ checksums and codes and puts the object, ``fetch`` reads and verifies it, applie
 as for an engine server, or ``beside a served version``, as for a Transformers engine on a CPU. Each is measured beside
 a copy of the same tensors (``memcpy``), several times in turns; the fastest of each counts. What runs on one thread is
 measured in seconds of its processor, so that others on the machine do not count.
+
+``--device cuda`` has the learner and the engine on a GPU: ``publish`` then begins with the comparison on the device,
+and seconds are the clock's. ``--size`` takes a larger model.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import table
 import torch
 import zstandard
-from first_token import DELTA, SEQUENCES, TOKENS, Swap, swaps
+from first_token import DELTA, SEQUENCES, TOKENS, Swap, on_host, swaps
 from numpy.typing import NDArray
 from steadyhelm.data.types import PolicyVersion
 from steadyhelm.store import ObjectStore
 from steadyhelm.testing.memory_store import MemoryStore
 from steadyhelm.weights.checksum import set_checksum
+from steadyhelm.weights.mirror import Mirror
 from steadyhelm.weights.named import named_weights
 from steadyhelm.weights.store import StoreWeights
-from table import Row, main
+from table import Row
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -48,7 +55,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A model: Qwen2.5's text part in some size, the output layer tied."""
+    """A model: Qwen2.5's text part in some size."""
 
     name: str
     vocabulary: int
@@ -57,14 +64,29 @@ class Size:
     layers: int
     heads: int
     steps: int
+    key_value_heads: int = 2
+    tied: bool = True
 
 
 HALF_BILLION = Size(name="0.5B", vocabulary=151_936, hidden=896, feed_forward=4864, layers=24, heads=14, steps=8)
+THREE_BILLION = Size(name="3B", vocabulary=151_936, hidden=2048, feed_forward=11_008, layers=36, heads=16, steps=8)
+SEVEN_BILLION = Size(
+    name="7B",
+    vocabulary=152_064,
+    hidden=3584,
+    feed_forward=18_944,
+    layers=28,
+    heads=28,
+    steps=8,
+    key_value_heads=4,
+    tied=False,
+)
 TINY = Size(name="tiny", vocabulary=512, hidden=128, feed_forward=512, layers=3, heads=4, steps=8)
 QUICK = Size(name="30M", vocabulary=32_000, hidden=512, feed_forward=1408, layers=4, heads=8, steps=4)
+LARGE = {size.name: size for size in (QUICK, HALF_BILLION, THREE_BILLION, SEVEN_BILLION)}
 
 
-def steps(size: Size, *, fresh: bool) -> tuple[Tensors, Tensors, PreTrainedModel, float]:
+def steps(size: Size, device: str, *, fresh: bool) -> tuple[Tensors, Tensors, PreTrainedModel, float]:
     """The weights before and after the last of ``size.steps`` optimiser steps, the model, and a step's least seconds.
 
     ``fresh`` begins with masters on the bfloat16 grid.
@@ -76,10 +98,10 @@ def steps(size: Size, *, fresh: bool) -> tuple[Tensors, Tensors, PreTrainedModel
         intermediate_size=size.feed_forward,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
+        num_key_value_heads=size.key_value_heads,
+        tie_word_embeddings=size.tied,
     )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config).to(device)
     if fresh:
         model = model.bfloat16().float()
     masters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in named_weights(model).items()}
@@ -90,10 +112,10 @@ def steps(size: Size, *, fresh: bool) -> tuple[Tensors, Tensors, PreTrainedModel
     step_s = math.inf
     for step in range(size.steps):
         started = time.perf_counter()
-        tokens = torch.randint(size.vocabulary, STEP)
+        tokens = torch.randint(size.vocabulary, STEP).to(device)
         logits = model(input_ids=tokens).logits[:, :-1].float()
         chosen = torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
-        loss: Any = -(torch.randn(2, 1) * chosen).mean()
+        loss: Any = -(torch.randn(2, 1).to(device) * chosen).mean()
         loss.backward()
         for name, parameter in weights.items():
             assert parameter.grad is not None
@@ -150,16 +172,18 @@ def in_turns(before: Tensors, after: Tensors, turns: int, threads: Sequence[int]
     The weights go back and forth between two versions: a step back changes the same elements by as much.
     """
     side, size = Side(), 0
-    target = {name: torch.empty_like(tensor) for name, tensor in after.items()}
+    mirror, on_cpu = Mirror(), all(tensor.is_cpu for tensor in after.values())
+    target = {name: torch.empty_like(tensor, device="cpu") for name, tensor in after.items()}
     for number in threads:
         store: ObjectStore = MemoryStore()
         publisher, reader, beside = (StoreWeights(store, anchor_every=10_000, threads=number) for _ in range(3))
         served: Mapping[str, torch.Tensor] = {}
-        clock = time.process_time if number == 1 else time.perf_counter
+        clock = time.process_time if number == 1 and on_cpu else time.perf_counter
         for turn in range(turns + 2):
             tensors = (before, after)[turn % 2]
             version = PolicyVersion(iteration=turn, attempt=1)
             with side.timed(f"publish {number}" if turn > 1 else "start", clock):
+                tensors = dict(on_host(tensors, mirror))
                 record = publisher.publish(version, f"run/weights/{turn}", tensors)
             with side.timed(f"memcpy {number}", clock):
                 for name, tensor in tensors.items():
@@ -257,10 +281,12 @@ def first_token_rows(name: str, found: Mapping[str, Swap], step_s: float) -> lis
     return rows
 
 
-def compare(size: Size, turns: int, threads: Sequence[int]) -> list[Row]:
+def compare(size: Size, turns: int, threads: Sequence[int], device: str) -> list[Row]:
     """All rows of one model."""
-    before, after, model, step_s = steps(size, fresh=False)
-    seconds, delta = in_turns(before, after, turns, threads)
+    older, newer, model, step_s = steps(size, device, fresh=False)
+    seconds, delta = in_turns(older, newer, turns, threads)
+    first = first_token_rows(size.name, swaps(model, older, newer, min(turns, SYNCS)), step_s)
+    before, after = ({name: tensor.cpu() for name, tensor in tensors.items()} for tensors in (older, newer))
     full = sum(tensor.nbytes for tensor in after.values())
     rows = [
         Row(name=f"{size.name}: full size", value=full / 1e6, unit="MB", goal=None, better="lower"),
@@ -271,26 +297,35 @@ def compare(size: Size, turns: int, threads: Sequence[int]) -> list[Row]:
         rows += speed_rows(size.name, seconds, others, threads)
         speed = full / seconds["memcpy 1"] / 1e9
         rows.append(Row(name=f"{size.name}: memcpy", value=speed, unit="GB/s", goal=None, better="higher"))
-    return rows + first_token_rows(size.name, swaps(model, before, after, min(turns, SYNCS)), step_s)
+    return rows + first
 
 
 def fresh_row(size: Size) -> Row:
     """A delta over its bound at the beginning of a run from bfloat16 weights."""
-    before, after, *_ = steps(size, fresh=True)
+    before, after, *_ = steps(size, "cpu", fresh=True)
     _, delta = in_turns(before, after, 1, (1,))
     value = delta / memoryless_bytes(before, after)[0]
     name = f"{size.name}, fresh: delta / memoryless bound"
     return Row(name=name, value=value, unit="ratio", goal=0.75, better="lower")
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(device: str, chosen: str, quick: bool) -> list[Row]:
     """The rows of the tiny model and of a large one."""
     torch.set_num_threads(1)
     disable_progress_bar()
-    large, turns = (QUICK, 4) if quick else (HALF_BILLION, 10)
-    threads = (1, 2)
-    return [*compare(TINY, turns, (1,)), *compare(large, turns, threads), fresh_row(QUICK)]
+    large = LARGE[chosen or (QUICK if quick else HALF_BILLION).name]
+    turns, threads = 4 if quick else 10, (1, 2)
+    return [*compare(TINY, turns, (1,), device), *compare(large, turns, threads, device), fresh_row(QUICK)]
+
+
+def main() -> None:
+    """The command line; ``table.main`` takes the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", choices=LARGE, default="")
+    given, rest = parser.parse_known_args()
+    table.main(__doc__ or "", partial(measure, given.device, given.size), rest)
 
 
 if __name__ == "__main__":
-    main("Weights from learner to engine: lossless deltas against whole uploads and other schemes.", measure)
+    main()

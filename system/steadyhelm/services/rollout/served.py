@@ -138,7 +138,10 @@ class Dialect(Protocol):
         ...
 
     async def swap(self, server: EngineServer, file: Path, digest: str, label: str, *, abort: bool) -> None:
-        """Puts the staged weights in place, caches emptied; requests in flight go on with them, or are aborted."""
+        """Puts the staged weights in place, caches emptied; requests in flight go on with them, or are aborted.
+
+        The time in which nothing is sampled is a span ``swap weights``: from the server's word that it has paused.
+        """
         ...
 
 
@@ -313,8 +316,7 @@ class ServedEngine:
             digest = await settled(asyncio.to_thread(self._write, read, version, file))
             with telemetry.span("rollout", "stage weights"):
                 await self._dialect.stage(self._server, file, digest)
-            with telemetry.span("rollout", "swap weights"):
-                await self._swap(file, digest, version)
+            await self._swap(file, digest, version)
         except FileNotFoundError as error:  # the folder goes with the server
             raise self._server.lose(f"its folder for weights is gone ({error})") from error
         finally:
