@@ -23,7 +23,8 @@ FROM environment AS code
 COPY README.md LICENSE pyproject.toml ./
 COPY system system
 COPY operators operators
-RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/code --no-deps .
+RUN --mount=type=cache,target=/root/.cache/uv ./environment /opt/steadyhelm/code --no-deps . \
+    && /opt/steadyhelm/venv/bin/python -m steadyhelm.weights.compiled
 
 FROM ${BASE}
 RUN --mount=type=bind,source=docker/runtime,target=/build/runtime /build/runtime

@@ -23,7 +23,11 @@ become floats.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
@@ -78,6 +82,7 @@ _FAR = _LOW - _FAR_FREQUENCY
 _BIT_LENGTHS = np.array([number.bit_length() for number in range(1 << HALF_LIVES)], np.uint64)
 _WALK = np.array([*(row * LANES + lane for lane in range(LANES) for row in range(GROUP // LANES)), GROUP], np.uint8)
 _tools: Any = tools  # which has no types
+_BUILT = Path(__file__).with_name("__pycache__")
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SUMS = ir.VectorType(_I32, LANES)
 
@@ -90,11 +95,23 @@ class Coder(NamedTuple):
 
 
 def kernel(function: F) -> F:
-    """``function`` compiled at its first call, without the interpreter lock; kept on disk where there is a place."""
+    """``function`` compiled at its first call, without the interpreter lock; kept on disk where there is a place.
+
+    That is beside this file where one may write there, else in the user's folder, which is given what ``compiled`` has
+    left beside this file; numba takes of it what was made for this processor.
+    """
     try:
-        return cast(F, numba.njit(cache=True, **_OPTIONS)(function))
+        made = numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither beside this file nor in the user's folder may anything be written
         return cast(F, numba.njit(**_OPTIONS)(function))
+    kept = Path(made.stats.cache_path)
+    for file in sorted(_BUILT.glob(f"{Path(__file__).stem}.{function.__name__}-*.nb?")):  # code before its index
+        if not (kept / file.name).exists():
+            with suppress(OSError):
+                copy = kept / f"{file.name}.{os.getpid()}"
+                shutil.copyfile(file, copy)
+                copy.replace(kept / file.name)
+    return cast(F, made)
 
 
 def part(function: F) -> F:

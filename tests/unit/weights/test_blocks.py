@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from steadyhelm.errors import CorruptObjectError
 from steadyhelm.weights import blocks
+from steadyhelm.weights.compiled import compile_kernels
 from steadyhelm.weights.entropy import ChangeModel
 from steadyhelm.weights.layout import BLOCK, Layout, flat_words
 
@@ -180,3 +181,28 @@ def test_a_processor_without_wide_vectors_makes_the_same_codes_and_reads_them(tm
         [sys.executable, "-c", CODES], env=os.environ | plain, cwd=root, capture_output=True, text=True, timeout=280
     )
     assert other.stdout.strip() == digest_of_codes(), other.stderr
+
+
+MISSES = """
+from steadyhelm.weights import kernels
+from steadyhelm.weights.compiled import compile_kernels
+
+compile_kernels()
+print([sum(it.stats.cache_misses.values()) for it in (kernels.compare, kernels.encode, kernels.decode)])
+"""
+
+
+def test_a_process_that_may_not_write_beside_the_kernels_takes_what_was_compiled_there(tmp_path):
+    compile_kernels()
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", MISSES],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / name), **other},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        for name, other in (("same", {}), ("other", {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}))
+    ]
+    assert found[0].stdout.strip() == "[0, 0, 0]", found[0].stderr
+    assert found[1].stdout.strip() == "[2, 2, 2]", "what was made for another processor is not taken"
