@@ -51,8 +51,8 @@ PROGRESS = frozenset(
 """Fields of the status that change all the time."""
 PROGRESS_S = 30.0
 """How often a status is written of which nothing else has changed."""
-PODS_S = 15.0
-"""How often the pods of a cluster are looked at that are not all ready, and how old it is when they first are."""
+FRESH_S, PODS_S = 20.0, 15.0
+"""How old a cluster is when its pods are first looked at, where they are not all ready, and how often from then on."""
 PODLESS_S = 30.0
 """How long KubeRay may take to make a cluster's first pod, before it is taken to refuse the cluster."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
@@ -284,7 +284,7 @@ class Controller:
             return ()
         since = self._unready.setdefault(name, self._clock())
         when, found = self._pods.get(name, (float("-inf"), ()))
-        fresh = cluster.created is not None and (self._clock() - cluster.created).total_seconds() < PODS_S
+        fresh = cluster.created is not None and (self._clock() - cluster.created).total_seconds() < FRESH_S
         if not fresh and time.monotonic() - when > PODS_S:
             pods = self._kubernetes.pods(cluster)
             late = (self._clock() - since).total_seconds() > PODLESS_S

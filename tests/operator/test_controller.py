@@ -234,6 +234,7 @@ def test_a_cluster_that_cannot_be_made_is_named_in_the_status_until_it_can(opera
 def test_a_cluster_for_which_kuberay_makes_no_pods_is_named_within_a_minute(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("steadyhelm_operator.controller.FRESH_S", 0.0)
     monkeypatch.setattr("steadyhelm_operator.controller.PODS_S", 0.0)
     operator.kubernetes.put("run", training_run(cluster=OWN), "ADDED")
     reasons = []

@@ -62,8 +62,7 @@ class FakeHeads:
     @contextmanager
     def served(self) -> Iterator[str]:
         """Serves; yields the form of the URL with ``{namespace}`` and ``{name}`` in it."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), _handler(self))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         self.url = f"http://127.0.0.1:{server.server_port}/{{namespace}}/{{name}}"
@@ -178,6 +177,12 @@ class FakeHeads:
                 del head.jobs[name]
                 return 200, {"deleted": True}
         return 404, "no such job"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+    """One server is a thousand heads here: whom a short queue turned away would try again a second later."""
 
 
 def _handler(heads: FakeHeads) -> type[BaseHTTPRequestHandler]:
