@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -116,10 +117,19 @@ def rope_positions(
     advance = np.ones(len(tokens), np.int64)
     advance[places] = 0
     advance[places[np.cumsum(counts) - 1]] = [max(height, width) for _, height, width in sizes]
-    positions = np.tile(np.cumsum(advance) - advance, (3, 1))
+    positions = np.empty((3, len(tokens)), np.int64)
+    positions[:] = np.cumsum(advance) - advance
     if sizes:
-        positions[:, places] += np.concatenate([np.indices(size).reshape(3, -1) for size in sizes], axis=1)
+        positions[:, places] += np.concatenate([_offsets(size) for size in sizes], axis=1)
     return positions
+
+
+@lru_cache(1024)
+def _offsets(size: tuple[int, int, int]) -> NDArray[np.int64]:
+    """Time, row and column of each token [3, time · height · width] of an image of so many."""
+    found: NDArray[np.int64] = np.indices(size, np.int64).reshape(3, -1)
+    found.setflags(write=False)
+    return found
 
 
 def collate(
@@ -153,8 +163,8 @@ def collate(
     positions = np.zeros((planes, *shape), np.int64)
     banned = np.asarray(encoder.banned_ids, np.int32)
     images: list[bytes | ImageKey] = []
+    _refuse_foreign(sequences, banned, encoder.vocab_size)
     for n, (row, length) in enumerate(zip(sequences, lengths, strict=True)):
-        _refuse_foreign(row, banned, encoder.vocab_size)
         start = width - length if pad_side == "left" else 0
         tokens = np.concatenate([row.prompt_tokens, row.tokens])
         input_ids[n, start : start + length] = tokens
@@ -206,16 +216,23 @@ def _positions(row: TokenSequence, tokens: NDArray[np.int32], encoder: PromptEnc
         raise DataError(f"prompt {row.name!r}: {error}") from error
 
 
-def _refuse_foreign(row: TokenSequence, banned: NDArray[np.int32], vocab_size: int) -> None:
-    if len(row.tokens) and not 0 <= int(row.tokens.min()) <= int(row.tokens.max()) < vocab_size:
+def _refuse_foreign(sequences: Sequence[TokenSequence], banned: NDArray[np.int32], vocab_size: int) -> None:
+    drawn = np.concatenate([row.tokens for row in sequences])
+    is_foreign = (drawn < 0) | (drawn >= vocab_size)
+    for token in banned:
+        is_foreign |= drawn == token
+    if not is_foreign.any():
+        return
+    ends = np.cumsum([len(row.tokens) for row in sequences])
+    first = int(np.flatnonzero(is_foreign)[0])
+    row = sequences[int(np.searchsorted(ends, first, side="right"))]
+    if not 0 <= int(row.tokens.min()) <= int(row.tokens.max()) < vocab_size:
         raise DataError(
             f"the completion of prompt {row.name!r} has tokens from {int(row.tokens.min())} to {int(row.tokens.max())} "
             f"but the model's vocabulary ends at {vocab_size - 1}: engine and learner need the same model"
         )
-    foreign = (row.tokens[:, None] == banned).any(1)
-    if foreign.any():
-        hits = np.flatnonzero(foreign)
-        raise DataError(
-            f"the completion of prompt {row.name!r} has the vision token {int(row.tokens[hits[0]])} at place "
-            f"{int(hits[0])}, which no policy may sample: let its engine exclude the tokens of banned_ids"
-        )
+    place = int(np.flatnonzero(np.isin(row.tokens, banned))[0])
+    raise DataError(
+        f"the completion of prompt {row.name!r} has the vision token {int(row.tokens[place])} at place {place}, which "
+        "no policy may sample: let its engine exclude the tokens of banned_ids"
+    )

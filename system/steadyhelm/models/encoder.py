@@ -121,10 +121,12 @@ class PromptEncoder:
 
     def pixels(self, images: Sequence[bytes | ImageKey]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Pixel values [patches of all images, dim] and grids [images, 3] in the order given. Raises DataError."""
-        arrays = [self.image(image) for image in images]
-        if not arrays:
+        if not images:
             return np.zeros((0, 0), np.float32), np.zeros((0, 3), np.int64)
-        return np.concatenate([item.pixels for item in arrays]), np.asarray([item.grid for item in arrays], np.int64)
+        if self._images is None:
+            self.image(images[0])  # raises for a text-only model
+        assert self._images is not None
+        return self._images.pixels(images)
 
     def image_tokens(self, image: bytes | ImageKey) -> int:
         """How many prompt tokens the image takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -112,13 +112,26 @@ class ImageCache:
 
     def get(self, image: bytes | ImageKey) -> ImageArrays:
         """The prepared image of these encoded bytes, or of this key. Raises DataError, and what ``fetch`` raises."""
+        return self._found(image).arrays()
+
+    def pixels(self, images: Sequence[bytes | ImageKey]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Pixels [patches of all images, dim] and grids [images, 3], in the order given; errors are ``get``'s."""
+        found = [self._found(image) for image in images]
+        ends = np.cumsum([len(kept.pixels) for kept in found])
+        _, channels, _, area = found[0].pixels.shape
+        pixels = np.empty((ends[-1], channels, found[0].frames, area), np.float32)
+        for kept, end in zip(found, ends, strict=True):
+            pixels[end - len(kept.pixels) : end] = kept.pixels  # the only copy
+        return pixels.reshape(len(pixels), -1), np.asarray([kept.grid for kept in found], np.int64)
+
+    def _found(self, image: bytes | ImageKey) -> _Kept:
         data = None if isinstance(image, str) else bytes(image)
         key = image if isinstance(image, str) else ImageKey(f"images/{hashlib.sha256(image).hexdigest()}")
         with self._lock:
             kept = self._kept.get(key)
             if kept is not None:
                 self._kept.move_to_end(key)
-                return kept.arrays()
+                return kept
         if data is None:
             if self._fetch is None:
                 raise DataError(f"image {key} is given by its key but no store to read it from: pass fetch=")
@@ -131,13 +144,11 @@ class ImageCache:
                 self._num_bytes += kept.pixels.nbytes
             while self._num_bytes > self._max_bytes:
                 self._num_bytes -= self._kept.popitem(last=False)[1].pixels.nbytes
-        return arrays
+        return kept
 
     def grid(self, image: bytes | ImageKey) -> tuple[int, int, int]:
         """The grid of ``get``'s answer."""
-        with self._lock:
-            kept = self._kept.get(image) if isinstance(image, str) else None
-        return self.get(image).grid if kept is None else kept.grid
+        return self._found(image).grid
 
     def keeps(self, images: Iterable[ImageKey]) -> bool:
         """Whether all of them are prepared already."""
@@ -151,7 +162,7 @@ class ImageCache:
         """
         if self.keeps((image,)):
             return 0
-        self.get(image)
+        self._found(image)
         with self._lock:
             kept = self._kept.get(image)
         return 0 if kept is None else kept.pixels.nbytes
