@@ -13,6 +13,7 @@ os.environ.update(
     }
 )
 
+import atexit
 import sys
 import uuid
 from collections.abc import Iterator
@@ -28,8 +29,31 @@ from tests.programs import fetched
 settings.register_profile("steadyhelm", deadline=None)
 settings.load_profile("steadyhelm")
 
+SESSION = pytest.StashKey[pytest.Session]()
 ROOT = Path(__file__).resolve().parents[1]
 WORKLOAD = ROOT / "workloads" / "r1_reward"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keeps what tells how it ended."""
+    session.config.stash[SESSION] = session
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends a process that had Ray in it, once all is reported and closed, with the session's exit status.
+
+    Threads of Ray and gRPC would go on while C++ takes apart what they use, which now and then is a segmentation fault
+    behind a suite that has passed.
+    """
+    session = config.stash.get(SESSION, None)
+    if session is None or "ray" not in sys.modules or hasattr(config, "workerinput"):
+        return
+    config.get_terminal_writer().flush()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(session.exitstatus))
 
 
 @pytest.fixture(scope="session")
