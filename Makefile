@@ -39,7 +39,7 @@ test-charts: setup ## the Helm charts, rendered by helm and judged by the schema
 test-cluster: setup ## the charts on a real Kubernetes: the one that KUBECONFIG names, or one of this machine's own (root, Go and Debian's packages)
 	@.ci/helm >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
 	@[ -n "$$KUBECONFIG" ] || { .ci/kubernetes && .ci/versitygw && .ci/node-images; } >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
-	STEADYHELM_KEEP_IMAGES=1 $(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster tests/operator
+	STEADYHELM_KEEP_IMAGES=1 $(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster $(if $(KUBECONFIG),,tests/operator)
 
 test-images: setup ## the Dockerfiles' pins, by the package index; and the images that run without a GPU, built and run (root, buildah)
 	$(BIN)/pytest -m images -rs tests/docker

@@ -392,5 +392,6 @@ def test_the_notes_say_what_is_next_and_what_is_missing(helm: Path, tmp_path: Pa
     assert "helm -n ns test rl" in complete
     assert 'uri: "s3://my-bucket/runs?region=eu-central-1"' in complete
     assert "MISSING  No" not in complete
+    assert "MISSING  monitoring.alerts.runbook is no address" in complete
     trying = notes("--set", "s3.embedded.enabled=true,auth.mode=disabled,networkPolicy.enabled=false")
     assert trying.count("WARNING") == 3

@@ -99,7 +99,7 @@ def images() -> dict[str, object]:
     if os.environ.get("KUBECONFIG"):
         file = os.environ.get("STEADYHELM_TEST_VALUES")
         if file is None:
-            pytest.skip("STEADYHELM_TEST_VALUES names no file with values by which this cluster finds the images")
+            pytest.fail("STEADYHELM_TEST_VALUES names no file with values by which this cluster finds the images")
         found: dict[str, object] = yaml.safe_load(Path(file).read_text())
         return found
     return {"image": {"registry": "localhost"}, "s3": {"embedded": {"image": "localhost/steadyhelm-s3:1"}}}

@@ -10,7 +10,7 @@ import pytest
 from steadyhelm.errors import RequestRefusedError, UnreachableError
 from steadyhelm_operator.api import FINALIZER
 from steadyhelm_operator.client import Heads, MissingError
-from steadyhelm_operator.controller import Controller
+from steadyhelm_operator.controller import FRESH_S, Controller
 from steadyhelm_operator.testing import READY, SUSPENDED, FakeHeads, MemoryKubernetes
 
 from tests.operator.objects import training_run
@@ -284,7 +284,7 @@ def test_pods_that_have_just_been_made_are_not_asked_for(operator: Operator):
     for _ in range(4):
         operator.controller.look(NAME)
     assert (operator.status["reason"], operator.kubernetes.calls.count("GET pods")) == ("PodsNotReady", 0)
-    operator.now += timedelta(seconds=16)
+    operator.now += timedelta(seconds=FRESH_S + 1)
     operator.controller.look(NAME)
     assert operator.kubernetes.calls.count("GET pods") == 1
 
