@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # For a tier whose tests disturb nobody; files stay whole, as what is made once for a file is dear.
 SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 
-.PHONY: help setup train test test-charts test-cluster test-images test-runs test-store test-engines engines images test-gpu check bench constraints clean
+.PHONY: help setup generate train test test-charts test-cluster test-images test-runs test-store test-engines engines images test-gpu check bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -86,6 +86,10 @@ PIN = PYTHON="$(PYTHON)" .ci/uv pip compile --python-version 3.11 --no-emit-inde
 constraints: ## pin every dependency again, ours and those of the engine servers on GPUs
 	@$(PIN) pyproject.toml --all-extras -o constraints.txt
 	@for engine in vllm sglang; do $(PIN) engines/$$engine.txt engines/plugin/pyproject.toml -o engines/$$engine.constraints.txt || exit 1; done
+
+generate: setup ## write what is generated anew: run file reference, metrics, sizing; the charts' READMEs, schemas, dashboards
+	$(PY) docs/reference/generate.py
+	$(PY) charts/generate.py
 
 clean: ## remove what the commands made here
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -285,8 +285,8 @@ def main() -> None:
     parser.add_argument("--release", default="")
     parser.add_argument("--namespace", default="")
     parser.add_argument("--picture", type=Path)
-    given, rest = parser.parse_known_args()
-    table.main(__doc__ or "", partial(measure, given.release, given.namespace, given.picture), rest)
+    given, _ = parser.parse_known_args()
+    table.main(__doc__ or "", partial(measure, given.release, given.namespace, given.picture), own=parser)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 The tiny Qwen2.5-VL of the digits task, and an iteration as its recipe has it, one part behind the other: 256
 completions with an image each sampled by the server, the trainer's optimiser steps on them, 128 at a time, a lossless
-delta through a store in a folder to the server, which goes on with requests in flight. The pause is the time in which
-nothing is sampled: from the server's word that it has paused until its word that it goes on. Before it, while the
-server ends the step that is under way, tokens still come; that time is in ``sync``.
+delta through a store in a folder to the server, which goes on with requests in flight. The pause is what the engine
+reports: from the request to pause until the server goes on.
 
 Servers need their environments (``make engines``).
 """

@@ -44,6 +44,9 @@ def build(folder: Path, size: str = "", constants: Mapping[str, int] | None = No
         constants: of ``tiny_model.py``, those that are to be others.
     """
     make = runpy.run_path(str(MODULE))["build"]
+    unknown = (constants or {}).keys() - make.__globals__.keys()
+    if unknown:
+        raise ValueError(f"{MODULE.name} has no constants {sorted(unknown)}")
     make.__globals__.update(constants or {})
     make(folder, 0)
     if size:

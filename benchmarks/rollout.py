@@ -204,8 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=policies.SHAPES, default="")
-    given, rest = parser.parse_known_args()
-    table.main(__doc__ or "", partial(measure, given.device, given.size), rest)
+    given, _ = parser.parse_known_args()
+    table.main(__doc__ or "", partial(measure, given.device, given.size), own=parser)
 
 
 if __name__ == "__main__":

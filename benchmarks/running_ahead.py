@@ -215,10 +215,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--iterations", type=int)
-    given, rest = parser.parse_known_args()
+    given, _ = parser.parse_known_args()
     length = given.iterations or load_run_file(whole_runs.WORKLOAD / "digits.yaml", []).schedule.iterations
     what = partial(curves, given.model, given.store, length) if given.curves else partial(measure, given.model)
-    table.main(__doc__ or "", what, rest)
+    table.main(__doc__ or "", what, own=parser)
 
 
 if __name__ == "__main__":

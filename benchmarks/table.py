@@ -64,7 +64,11 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def main(
-    description: str, measure: Callable[[bool], Sequence[Row]], arguments: Sequence[str] | None = None
+    description: str,
+    measure: Callable[[bool], Sequence[Row]],
+    arguments: Sequence[str] | None = None,
+    *,
+    own: argparse.ArgumentParser | None = None,
 ) -> Sequence[Row]:
     """Parses ``--quick`` and ``--json FILE``, measures, prints the table and writes the list of rows.
 
@@ -72,8 +76,9 @@ def main(
         description: one sentence for ``--help`` and above the table: what is measured against what.
         measure: called once with True for ``--quick`` (under a minute); returns the rows in the order to print.
         arguments: the command line without the program's name; None means the process's own.
+        own: options besides, which the benchmark has read; for ``--help``, and so that no others are taken.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, parents=[own] if own else [])
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as a JSON list")
     options = parser.parse_args(arguments)

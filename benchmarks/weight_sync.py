@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 import zstandard
 from first_token import DELTA, SEQUENCES, TOKENS, Swap, on_host, swaps
 from numpy.typing import NDArray
+from policies import SHAPES, Shape
 from steadyhelm.data.types import PolicyVersion
 from steadyhelm.store import ObjectStore
 from steadyhelm.testing.memory_store import MemoryStore
@@ -53,37 +54,19 @@ BESIDE = "fetch beside a served version"
 Tensors = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """A model: Qwen2.5's text part in some size."""
+@dataclass(frozen=True, kw_only=True)
+class Size(Shape):
+    """A model, and the optimiser steps behind which its weights are taken."""
 
     name: str
-    vocabulary: int
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    steps: int
-    key_value_heads: int = 2
-    tied: bool = True
+    steps: int = 8
 
 
-HALF_BILLION = Size(name="0.5B", vocabulary=151_936, hidden=896, feed_forward=4864, layers=24, heads=14, steps=8)
-THREE_BILLION = Size(name="3B", vocabulary=151_936, hidden=2048, feed_forward=11_008, layers=36, heads=16, steps=8)
-SEVEN_BILLION = Size(
-    name="7B",
-    vocabulary=152_064,
-    hidden=3584,
-    feed_forward=18_944,
-    layers=28,
-    heads=28,
-    steps=8,
-    key_value_heads=4,
-    tied=False,
+TINY = Size(name="tiny", vocabulary=512, hidden=128, feed_forward=512, layers=3, heads=4, key_value_heads=2)
+QUICK = Size(
+    name="30M", vocabulary=32_000, hidden=512, feed_forward=1408, layers=4, heads=8, key_value_heads=2, steps=4
 )
-TINY = Size(name="tiny", vocabulary=512, hidden=128, feed_forward=512, layers=3, heads=4, steps=8)
-QUICK = Size(name="30M", vocabulary=32_000, hidden=512, feed_forward=1408, layers=4, heads=8, steps=4)
-LARGE = {size.name: size for size in (QUICK, HALF_BILLION, THREE_BILLION, SEVEN_BILLION)}
+LARGE = {"30M": QUICK, **{name: Size(name=name, **asdict(shape)) for name, shape in SHAPES.items()}}
 
 
 def steps(size: Size, device: str, *, fresh: bool) -> tuple[Tensors, Tensors, PreTrainedModel, float]:
@@ -111,6 +94,7 @@ def steps(size: Size, device: str, *, fresh: bool) -> tuple[Tensors, Tensors, Pr
     before: Tensors = {}
     step_s = math.inf
     for step in range(size.steps):
+        settle(device)
         started = time.perf_counter()
         tokens = torch.randint(size.vocabulary, STEP).to(device)
         logits = model(input_ids=tokens).logits[:, :-1].float()
@@ -127,8 +111,15 @@ def steps(size: Size, device: str, *, fresh: bool) -> tuple[Tensors, Tensors, Pr
         with torch.no_grad():
             for name, parameter in weights.items():
                 parameter.copy_(masters[name])
+        settle(device)
         step_s = min(step_s, time.perf_counter() - started)
     return before, named_weights(model), model, step_s
+
+
+def settle(device: str) -> None:
+    """Waits until a GPU has done what it was told to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def entropy(counts: NDArray[Any]) -> float:
@@ -313,7 +304,7 @@ def measure(device: str, chosen: str, quick: bool) -> list[Row]:
     """The rows of the tiny model and of a large one."""
     torch.set_num_threads(1)
     disable_progress_bar()
-    large = LARGE[chosen or (QUICK if quick else HALF_BILLION).name]
+    large = LARGE[chosen or ("30M" if quick else "0.5B")]
     turns, threads = 4 if quick else 10, (1, 2)
     return [*compare(TINY, turns, (1,), device), *compare(large, turns, threads, device), fresh_row(QUICK)]
 
@@ -323,8 +314,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=LARGE, default="")
-    given, rest = parser.parse_known_args()
-    table.main(__doc__ or "", partial(measure, given.device, given.size), rest)
+    given, _ = parser.parse_known_args()
+    table.main(__doc__ or "", partial(measure, given.device, given.size), own=parser)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,8 @@ class Controller:
         asks = bool(status.cluster_uid) or not makes
         cluster = self._cluster(name, (run.namespace, called), asks=asks) if called else None
         if cluster is None:
+            self._pods.pop(name, None)  # the next one's are others
+            self._unready.pop(name, None)
             refused = self._refused.get(name)
             return Observed(problems=(refused,) if refused is not None else ())
         last, head = status.last, None

@@ -52,13 +52,15 @@ def training_run(name: str, run: Manifest, **spec: Any) -> Manifest:
     }
 
 
-def own_cluster(kubernetes: Kubernetes, **pod: Any) -> Manifest:
-    """A spec's cluster of its own: the release's head and learner, with fields of pods or their containers changed."""
+def own_cluster(kubernetes: Kubernetes, *groups: str, **pod: Any) -> Manifest:
+    """A spec's cluster of its own: the release's head and groups, with fields of pods or their containers changed."""
     live = kubernetes.api.get(CLUSTER)
     assert live is not None
     spec = deepcopy(live["spec"]) | {"enableInTreeAutoscaling": False}
     spec.pop("autoscalerOptions", None)
-    spec["workerGroupSpecs"] = [group for group in spec["workerGroupSpecs"] if group["groupName"] == "learner"]
+    spec["workerGroupSpecs"] = [
+        group | {"replicas": group["minReplicas"]} for group in spec["workerGroupSpecs"] if group["groupName"] in groups
+    ]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         template = group["template"]["spec"]
         for field, value in pod.items():

@@ -118,8 +118,10 @@ def test_a_run_that_rests_leaves_its_place_and_what_is_wrong_with_others_is_name
     nowhere = {"steadyhelm.dev/there-is-none": "true"}
     made = {
         "wrong-file": training_run("wrong-file", run | {"model": {"factory": "nowhere.py:build", "dtype": "float32"}}),
-        "no-image": training_run("no-image", run, cluster=own_cluster(kubernetes, image="localhost/nowhere:1")),
-        "no-place": training_run("no-place", run, cluster=own_cluster(kubernetes, nodeSelector=nowhere)),
+        "no-image": training_run(
+            "no-image", run, cluster=own_cluster(kubernetes, "learner", image="localhost/nowhere:1")
+        ),
+        "no-place": training_run("no-place", run, cluster=own_cluster(kubernetes, "learner", nodeSelector=nowhere)),
         "full-disk": training_run("full-disk", run | {"store": {"uri": full}}),
         "wrong-key": training_run("wrong-key", run | {"store": {"uri": stranger}}),
     }
@@ -136,6 +138,17 @@ def test_a_run_that_rests_leaves_its_place_and_what_is_wrong_with_others_is_name
         delete(kubernetes, name)
     for pod in ("full", "stranger"):
         kubernetes.api.delete(f"{PODS}/{pod}")
+
+
+def test_a_cluster_of_its_own_comes_with_a_run_trains_it_and_goes_with_it(kubernetes: Kubernetes, operator: None):
+    own = own_cluster(kubernetes, "rollout", "reward", "learner")
+    assert kubernetes.api.create(RUNS, training_run("own", digits_run(iterations=3), cluster=own))
+    done = until(kubernetes, "own", "it is done", lambda said: said["phase"] == "Succeeded", seconds=300)
+    assert (done["progress"], done["attempt"], done["cluster"]) == ("3/3", 1, "own")
+    lineage(kubernetes, "own", digits_records()).check()
+    delete(kubernetes, "own")
+    left = [name for name in kubernetes.left(NAMESPACE) if name.partition("/")[2].startswith("own")]
+    assert not left
 
 
 def test_a_misspelt_field_is_refused_by_kubernetes_itself(kubernetes: Kubernetes, operator: None):

@@ -37,7 +37,7 @@ def test_after_uninstalling_no_object_no_pod_and_no_process_is_left(kubernetes: 
     assert kubernetes.run("kubectl", "get", *RIGHTS)
     assert not kubernetes.init or processes(kubernetes.init)
     with pytest.raises(AssertionError, match="Waiting for the Ray API"):  # a smoke test that fails leaves no pod either
-        kubernetes.run("helm", "test", RELEASE, "--namespace", NAMESPACE, "--timeout", "8s")
+        kubernetes.run("helm", "test", RELEASE, "--namespace", NAMESPACE, "--timeout", "12s")
     for run in kubernetes.api.items(RUNS):  # by the operator, as long as there is one
         delete(kubernetes, run["metadata"]["name"])
     kubernetes.run("helm", "uninstall", RELEASE, "--namespace", NAMESPACE)

@@ -90,6 +90,6 @@ def test_the_cpu_image_has_the_charts_ray_and_reads_the_run_files_that_it_brings
 
 
 def test_the_codec_comes_compiled_for_the_processor_that_built_the_image(containers: dict[str, str]):
-    script = "from steadyhelm.weights import compiled, kernels; compiled.compile_kernels(); "
+    script = "import torch; from steadyhelm.weights import blocks, kernels; blocks.compile_for(torch.bfloat16); "
     script += "print([sum(it.stats.cache_misses.values()) for it in (kernels.compare, kernels.encode, kernels.decode)])"
     assert run(containers["cpu"], "python", "-c", script).splitlines()[-1] == "[0, 0, 0]"

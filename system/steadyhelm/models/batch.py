@@ -124,7 +124,7 @@ def rope_positions(
     return positions
 
 
-@lru_cache(1024)
+@lru_cache(128)
 def _offsets(size: tuple[int, int, int]) -> NDArray[np.int64]:
     """Time, row and column of each token [3, time · height · width] of an image of so many."""
     found: NDArray[np.int64] = np.indices(size, np.int64).reshape(3, -1)

@@ -23,8 +23,7 @@ become floats.
 
 from __future__ import annotations
 
-import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -97,20 +96,21 @@ class Coder(NamedTuple):
 def kernel(function: F) -> F:
     """``function`` compiled at its first call, without the interpreter lock; kept on disk where there is a place.
 
-    That is beside this file where one may write there, else in the user's folder, which is given what ``compiled`` has
-    left beside this file; numba takes of it what was made for this processor.
+    That is the folder ``NUMBA_CACHE_DIR``, or beside this file where one may write there, or in the user's folder.
+    Another one than beside this file is given what ``compiled`` has left there; numba takes of it what was made for
+    this processor.
     """
     try:
         made = numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither beside this file nor in the user's folder may anything be written
         return cast(F, numba.njit(**_OPTIONS)(function))
-    kept = Path(made.stats.cache_path)
-    for file in sorted(_BUILT.glob(f"{Path(__file__).stem}.{function.__name__}-*.nb?")):  # code before its index
-        if not (kept / file.name).exists():
-            with suppress(OSError):
-                copy = kept / f"{file.name}.{os.getpid()}"
-                shutil.copyfile(file, copy)
-                copy.replace(kept / file.name)
+    kept, name = Path(made.stats.cache_path), f"{Path(__file__).stem}.{function.__name__}-*"
+    if kept != _BUILT and not any(kept.glob(f"{name}.nbi")):
+        with suppress(OSError):  # it is compiled anew
+            for file in sorted(_BUILT.glob(f"{name}.nb?")):  # code before its index
+                with tempfile.NamedTemporaryFile(dir=kept, delete=False) as copy:
+                    copy.write(file.read_bytes())
+                Path(copy.name).replace(kept / file.name)
     return cast(F, made)
 
 

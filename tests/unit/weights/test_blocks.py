@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from steadyhelm.errors import CorruptObjectError
-from steadyhelm.weights import blocks
-from steadyhelm.weights.compiled import compile_kernels
+from steadyhelm.weights import blocks, compiled
 from steadyhelm.weights.entropy import ChangeModel
 from steadyhelm.weights.layout import BLOCK, Layout, flat_words
 
@@ -184,16 +183,16 @@ def test_a_processor_without_wide_vectors_makes_the_same_codes_and_reads_them(tm
 
 
 MISSES = """
-from steadyhelm.weights import kernels
-from steadyhelm.weights.compiled import compile_kernels
+import torch
+from steadyhelm.weights import blocks, kernels
 
-compile_kernels()
+blocks.compile_for(torch.bfloat16)
 print([sum(it.stats.cache_misses.values()) for it in (kernels.compare, kernels.encode, kernels.decode)])
 """
 
 
 def test_a_process_that_may_not_write_beside_the_kernels_takes_what_was_compiled_there(tmp_path):
-    compile_kernels()
+    compiled.main()
     found = [
         subprocess.run(
             [sys.executable, "-c", MISSES],

@@ -138,10 +138,7 @@ class Dialect(Protocol):
         ...
 
     async def swap(self, server: EngineServer, file: Path, digest: str, label: str, *, abort: bool) -> None:
-        """Puts the staged weights in place, caches emptied; requests in flight go on with them, or are aborted.
-
-        The time in which nothing is sampled is a span ``swap weights``: from the server's word that it has paused.
-        """
+        """Puts the staged weights in place, caches emptied; requests in flight go on with them, or are aborted."""
         ...
 
 
@@ -316,7 +313,8 @@ class ServedEngine:
             digest = await settled(asyncio.to_thread(self._write, read, version, file))
             with telemetry.span("rollout", "stage weights"):
                 await self._dialect.stage(self._server, file, digest)
-            await self._swap(file, digest, version)
+            with telemetry.span("rollout", "swap weights"):
+                await self._swap(file, digest, version)
         except FileNotFoundError as error:  # the folder goes with the server
             raise self._server.lose(f"its folder for weights is gone ({error})") from error
         finally:
@@ -418,7 +416,7 @@ class ServedEngine:
         digest = xxhash.xxh3_128()
         try:
             for left in self._folder.glob(f"{self._prefix}*"):
-                left.unlink()  # never written to: it may be a name of the learner's own file
+                left.unlink(missing_ok=True)  # never written to: it may be a name of the learner's own file
             if isinstance(found, MappedTensors) and found.keys() == tensors.keys():
                 linked = found.link(file)  # it is such a file already
                 if linked is not None:

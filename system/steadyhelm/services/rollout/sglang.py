@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from steadyhelm import telemetry
 from steadyhelm.data.types import FinishReason
 from steadyhelm.engines.http import EngineServer, understood
 from steadyhelm.engines.process import HOST, Launch, Plan
@@ -129,14 +128,13 @@ class SglangDialect:
         """
         # Requests in flight give up their keys and values and compute them anew behind the pause.
         await self._control(server, "/pause_generation", {"mode": "retract"})
-        with telemetry.span("rollout", "swap weights"):
-            await self._control(
-                server,
-                "/update_weights_from_disk",
-                {"model_path": digest, "load_format": "steadyhelm", "weight_version": label, "flush_cache": True},
-                deadline_s=STAGE_S,
-            )
-            await self._control(server, "/continue_generation", {"torch_empty_cache": False})
+        await self._control(
+            server,
+            "/update_weights_from_disk",
+            {"model_path": digest, "load_format": "steadyhelm", "weight_version": label, "flush_cache": True},
+            deadline_s=STAGE_S,
+        )
+        await self._control(server, "/continue_generation", {"torch_empty_cache": False})
 
     async def _on_workers(self, server: EngineServer, action: str, *args: str) -> list[dict[str, str]]:
         """The plug-in's answer to an action, of every scheduler."""

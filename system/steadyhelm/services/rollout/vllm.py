@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steadyhelm import telemetry
 from steadyhelm.data.types import FinishReason
 from steadyhelm.engines.http import EngineServer, understood
 from steadyhelm.engines.process import HOST, Launch, Plan
@@ -116,23 +115,22 @@ class VllmDialect:
         """See ``Dialect``."""
         mode = "abort" if abort else "keep"
         await server.post(f"/pause?mode={mode}&clear_cache=false", deadline_s=CONTROL_S)
-        with telemetry.span("rollout", "swap weights"):
-            # These are under way together: most of each is the way there and back. Requests in flight give up their
-            # keys and values too: the reset fails while anybody holds some.
-            swapped, cache, *_ = await asyncio.gather(
-                self._on_workers(server, "steadyhelm_swap", digest),
-                server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S),
-                server.post("/reset_encoder_cache", deadline_s=CONTROL_S),
-                server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S),
-            )
-            for answer in swapped:
-                if (answer["state"], answer["digest"]) != ("swapped", digest):
-                    raise EngineLostError(f"the workers answered {answer}")
-            with understood(server, NAME):
-                is_empty = cache["success"]
-            if not is_empty:
-                raise EngineLostError("the cache of keys and values still has some of the old weights")
-            await server.post("/resume", deadline_s=CONTROL_S)
+        # These are under way together: most of each is the way there and back. Requests in flight give up their keys
+        # and values too: the reset fails while anybody holds some.
+        swapped, cache, _ = await asyncio.gather(
+            self._on_workers(server, "steadyhelm_swap", digest),
+            server.post("/reset_prefix_cache?reset_running_requests=true", deadline_s=CONTROL_S),
+            server.post("/reset_encoder_cache", deadline_s=CONTROL_S),
+        )
+        for answer in swapped:
+            if (answer["state"], answer["digest"]) != ("swapped", digest):
+                raise EngineLostError(f"the workers answered {answer}")
+        with understood(server, NAME):
+            is_empty = cache["success"]
+        if not is_empty:
+            raise EngineLostError("the cache of keys and values still has some of the old weights")
+        await server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S)
+        await server.post("/resume", deadline_s=CONTROL_S)
 
     async def _on_workers(self, server: EngineServer, method: str, *args: str) -> list[dict[str, str]]:
         """The answers of all workers to a method of the plug-in."""
