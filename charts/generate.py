@@ -43,6 +43,18 @@ PANELS = (
     ("Prompts, by how they ended", "short", ("steadyhelm_outcomes_prompts",)),
     ("Restarts and replays", "short", ("steadyhelm_run_restarts_total", "steadyhelm_run_replayed_iterations_total")),
     ("Bytes of a policy version", "bytes", ("steadyhelm_weights_bytes",)),
+    (
+        "Weights: seconds of a sync, and of an engine's pause",
+        "s",
+        ("steadyhelm_weights_sync_seconds", "steadyhelm_weights_pause_seconds"),
+    ),
+    ("Engines wanted and serving", "short", ("steadyhelm_scaling_desired", "steadyhelm_scaling_serving")),
+    (
+        "Learner's wait, and how full engines are",
+        "percentunit",
+        ("steadyhelm_learner_wait_share_ratio", "steadyhelm_scaling_saturation_ratio"),
+    ),
+    ("Shards at once for each engine", "short", ("steadyhelm_scaling_queue",)),
 )
 """Title, unit and metrics of each panel."""
 WIDTH, HEIGHT, COLUMNS = 8, 7, 3
