@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 MODULE = Path(__file__).resolve().parents[1] / "workloads" / "r1_reward" / "tiny_model.py"
 
@@ -87,12 +87,11 @@ def _enlarge(folder: Path, shape: Shape) -> None:
     )
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = shape.tied
     config.dtype = torch.bfloat16
-    generation = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).generation_config
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.generation_config = generation
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)

@@ -94,13 +94,11 @@ class PromptEncoder:
 
     def image(self, image: bytes | ImageKey) -> ImageArrays:
         """The prepared image of encoded bytes or of a key. Raises DataError for a corrupt one or a text-only model."""
-        if self._images is None:
-            raise DataError(f"model folder {self._folder} is text-only but a prompt has an image: use a vision model")
-        return self._images.get(image)
+        return self._vision().get(image)
 
     def grid(self, image: bytes | ImageKey) -> tuple[int, int, int]:
         """The prepared image's patches (time, height, width). Raises DataError as ``image`` does."""
-        return self.image(image).grid if self._images is None else self._images.grid(image)
+        return self._vision().grid(image)
 
     def keeps(self, images: Iterable[ImageKey]) -> bool:
         """Whether all of them are prepared already."""
@@ -115,18 +113,19 @@ class PromptEncoder:
 
     def picture(self, image: ImageKey) -> bytes:
         """The image as a PNG that engines need not resize, see ``ImageCache.picture``. Raises DataError."""
-        self.image(image)  # raises for a text-only model
-        assert self._images is not None
-        return self._images.picture(image)
+        return self._vision().picture(image)
 
     def pixels(self, images: Sequence[bytes | ImageKey]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Pixel values [patches of all images, dim] and grids [images, 3] in the order given. Raises DataError."""
         if not images:
             return np.zeros((0, 0), np.float32), np.zeros((0, 3), np.int64)
+        return self._vision().pixels(images)
+
+    def _vision(self) -> ImageCache:
+        """Raises DataError for a text-only model."""
         if self._images is None:
-            self.image(images[0])  # raises for a text-only model
-        assert self._images is not None
-        return self._images.pixels(images)
+            raise DataError(f"model folder {self._folder} is text-only but a prompt has an image: use a vision model")
+        return self._images
 
     def image_tokens(self, image: bytes | ImageKey) -> int:
         """How many prompt tokens the image takes."""

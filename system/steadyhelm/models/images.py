@@ -173,7 +173,7 @@ class ImageCache:
         An engine that prepares its own images has nothing left to resize, turn or blend then, which each does in its
         own way. Raises DataError, and what ``fetch`` raises.
         """
-        _, rows, columns = self.get(image).grid
+        _, rows, columns = self.grid(image)
         side = int(self._processor.patch_size)
         assert self._fetch is not None
         with Image.open(io.BytesIO(self._fetch(image))) as opened:
