@@ -41,13 +41,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends a process that had Ray in it, once all is reported and closed, with the session's exit status.
+    """Ends a process that had Ray or torch in it, once all is reported and closed, with the session's exit status.
 
-    Threads of Ray and gRPC would go on while C++ takes apart what they use, which now and then is a segmentation fault
-    behind a suite that has passed.
+    Threads of Ray, gRPC and gloo would go on while Python and C++ take apart what they use, which now and then is a
+    segmentation fault or an abort behind a suite that has passed.
     """
     session = config.stash.get(SESSION, None)
-    if session is None or "ray" not in sys.modules or hasattr(config, "workerinput"):
+    if session is None or not {"ray", "torch"} & sys.modules.keys() or hasattr(config, "workerinput"):
         return
     config.get_terminal_writer().flush()
     atexit._run_exitfuncs()
