@@ -261,7 +261,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # who asked is gone; the server would wait for the rest, and everybody for the server
+            self.close_connection = True
+            return
         exchange = Exchange(self, _operation(self), body)
         fault = self.server.proxy.due(exchange.operation)
         if fault is not None:
