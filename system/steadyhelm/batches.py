@@ -264,14 +264,12 @@ class BatchMaker:
         )
 
     def _staleness(self, iteration: int, shards: Sequence[ShardRecord]) -> dict[str, float]:
-        """How many policy versions the batch's tokens lag behind the one that it is trained from."""
-        shards = [shard for shard in shards if shard.prompt_ids]
-        if self._run.is_sft or not shards:
-            return {}
-        newest = iteration - 1
-        mean = sum(s.num_tokens * (newest - s.min_version) for s in shards) / max(1, sum(s.num_tokens for s in shards))
-        oldest = min(s.min_version for s in shards)
-        return {names.STALENESS_MEAN: mean, names.STALENESS_MAX: float(newest - oldest)}
+        """How many policy versions the batch's oldest token lags behind the one that it is trained from.
+
+        Their mean is the learner's to say, who has the tokens.
+        """
+        oldest = [shard.min_version for shard in shards if shard.prompt_ids]
+        return {} if self._run.is_sft or not oldest else {names.STALENESS_MAX: float(iteration - 1 - min(oldest))}
 
 
 def drop_stale(manifest: BatchManifest, limit: int, groups: Mapping[PromptId, str]) -> BatchManifest:

@@ -212,7 +212,7 @@ class Loop:
             await asyncio.wait({task}, timeout=self._look_s)  # batches are closed behind it
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
-        """Publishes the learner's weights and puts them into every engine; adopted ones that are damaged anew."""
+        """Publishes the learner's weights and puts them into every engine; once anew, as a whole, where they cannot be read."""
         version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
         spans: tuple[Span, ...] = ()
         metrics: dict[str, float] = {}
@@ -223,8 +223,6 @@ class Loop:
             try:
                 applied = await self._services.rollout.apply_weights(published.value)
             except (CorruptObjectError, ObjectMissingError) as error:
-                if published.value != known:
-                    raise
                 text = f"Weights {published.value.version} cannot be read, the learner publishes them again: {error}"
                 self._tell(telemetry.Notice(text=text, level="warning"))
                 published = await self._publish(version, None)

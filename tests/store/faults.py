@@ -86,6 +86,11 @@ def refuse(status: int, code: str) -> Fault:
     return fault
 
 
+def redirect(exchange: Exchange) -> None:
+    """Sends the request elsewhere, as a proxy does that wants another scheme."""
+    exchange.reply(Answer(301, [("Location", "https://elsewhere.invalid/")], b""))
+
+
 def reset(exchange: Exchange) -> None:
     """Ends the connection without asking the server."""
     exchange.reset()

@@ -1,5 +1,6 @@
 """The S3 store behind a server, or a way to it, that fails: nothing is lost, nothing half-read, one writer wins."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from tests.store.faults import (
     fault_proxy,
     flip,
     lose,
+    redirect,
     refuse,
     reset,
     shorten,
@@ -227,6 +229,20 @@ def test_what_no_retry_helps_is_told_at_once_with_its_remedy(store, proxy, statu
         with pytest.raises(StoreError, match=rf"cannot write 'run/a' in s3://.*{remedy}"):
             store.put("run/a", b"1", if_absent=operation == "create")
     assert proxy.seen == {"put": 1, "create": 1}
+
+
+def test_a_missing_bucket_is_no_missing_object(s3_endpoint):
+    store = open_store(f"s3://no-such-bucket/x?endpoint={s3_endpoint}")
+    for ask in (lambda: store.exists("run/a"), lambda: store.flush(["run/a"])):
+        with pytest.raises(StoreError, match="NoSuchBucket: there is no such bucket: create it"):
+            ask()
+
+
+def test_a_server_that_redirects_without_end_is_told_with_what_to_mend(store, proxy):
+    proxy.fail("*", redirect, times=math.inf)
+    for call in (lambda: store.put("run/a", b"1"), lambda: store.get("run/a"), lambda: list(store.list("run/"))):
+        with pytest.raises(StoreError, match=r"elsewhere without end: mend endpoint .* or region in store\.uri"):
+            call()
 
 
 def test_a_server_that_refuses_the_condition_is_refused_with_what_to_use_instead(store, proxy):

@@ -96,8 +96,12 @@ class S3Address:
 def _checked_endpoint(endpoint: str) -> str:
     if not endpoint:
         return ""
-    parts = urlsplit(endpoint)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.query:
+    try:
+        parts = urlsplit(endpoint)
+        is_good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good or "@" in parts.netloc or parts.query:
         raise ConfigError("store.uri: endpoint must be like https://host:port, without credentials")
     return endpoint.rstrip("/")
 

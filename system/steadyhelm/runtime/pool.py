@@ -193,7 +193,9 @@ class Pool:
         while True:
             member = await self._take(work)
             try:
-                value = await self.ask(member, method(member.actor), what, self.call_deadline_s)
+                # What it works on comes first: a deadline for each of them, which only a member that hangs uses up.
+                deadline_s = self.call_deadline_s * len(member.works)
+                value = await self.ask(member, method(member.actor), what, deadline_s)
                 self._losses = 0
                 member.memory.meet(work.marks)
                 return value

@@ -71,6 +71,7 @@ W: Any = np.uint32
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}  # no kernel makes arrays: none is counted
 _ONE = U(1)
 _RUN = 256
+_SPREAD = 0x9E3779B1
 _AHEAD = 2 * TILE
 _ESCAPE = TOKENS - 1
 _LOW = U(1 << 31)
@@ -346,11 +347,13 @@ def _below(hazard: Scalar) -> Scalar:
 def census(old: Any, new: Any, coder: Any, stride: Scalar, counts: Any) -> None:
     """Adds to ``counts`` [256, 129], per exponent, how often each token is, and in the last column unchanged elements.
 
-    Of ``stride`` runs of 256 elements one is looked at. ``old`` and ``new`` are words [n] of one type, ``coder``
-    is its ``Coder``.
+    Of ``stride`` runs of 256 elements one is looked at, another one each time: always the same would be the same
+    columns of a matrix. ``old`` and ``new`` are words [n] of one type, ``coder`` is its ``Coder``.
     """
     shift, half = coder
-    for start in range(0, old.shape[0], _RUN * stride):
+    for number in range((old.shape[0] + _RUN * stride - 1) // (_RUN * stride)):
+        chosen = (((number * _SPREAD) & 0xFFFFFFFF) * stride) >> 32
+        start = (number * stride + chosen) * _RUN
         for index in range(start, min(start + _RUN, old.shape[0])):
             before = S(old[index])
             after = S(new[index])

@@ -49,6 +49,8 @@ def test_defaults_are_not_written_out():
         ("s3://my-bucket/../b", "empty part, '.' or '..'"),
         ("s3://my-bucket/runs?endpont=x", "unknown setting 'endpont'"),
         ("s3://my-bucket/runs?endpoint=minio:9000", "like https://host:port"),
+        ("s3://my-bucket/runs?endpoint=http://[::1", "like https://host:port"),
+        ("s3://my-bucket/runs?endpoint=http://minio:99999", "like https://host:port"),
         ("s3://my-bucket/runs?path_style=yes", "give 0 or 1"),
         ("s3://my-bucket/runs?timeout_s=0", "timeout_s is '0'"),
         ("s3://my-bucket/runs?deadline_s=soon", "deadline_s is 'soon'"),

@@ -210,6 +210,33 @@ async def test_weights_that_cannot_be_read_are_published_again(how):
     assert ["Weights 4.1 cannot be read" in str(event) for event in told] == [True]
 
 
+class Damaging(FakeLearner):
+    """Its third version is damaged on the way to the store."""
+
+    published = 0
+
+    async def publish(self, version, key, known=None):
+        served = await super().publish(version, key, known)
+        self.published += 1
+        if self.published == 3:
+            self.store.damage(served.value.objects[0].key, flip_bit=9)
+        return served
+
+
+async def test_a_new_version_that_cannot_be_read_is_published_once_more():
+    store, told = MemoryStore(), []
+    learner = Damaging(store=store)
+    services = Services(
+        prompts=FakePrompts(run=RUN), rollout=FakeRollout(store=store), learner=learner, reward=FakeReward(store=store)
+    )
+    log = CommitLog.take_over(store, RUN.name, "test")
+    reports: list[IterationReport] = []
+    await drive(Loop(services, log, RunLayout(RUN.name), RUN, told.append), reports)
+    assert learner.applied == EVERY_ID
+    assert learner.published == len(reports) + 1
+    assert ["Weights 2.1 cannot be read" in str(event) for event in told] == [True]
+
+
 DRIVER = """
 import asyncio, json, sys
 from pathlib import Path

@@ -130,6 +130,28 @@ async def test_a_member_that_misses_the_deadline_is_replaced_and_said_to_be_wait
     await pool.close()
 
 
+class OneByOne(Worker):
+    """Works on one order at a time, as an engine does that is no server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turn = asyncio.Lock()
+
+    async def rollout(self, order: str) -> tuple[str, int]:
+        async with self._turn:
+            return await super().rollout(order)
+
+
+async def test_an_order_that_waits_for_another_one_has_its_deadline_behind_that():
+    pool, _ = make(1, call_deadline_s=2.0)
+    await pool.ready(OneByOne)
+    orders = [f"sleep 1.{number}" for number in range(2, 6)]
+    answers = await asyncio.gather(*(pool.call(lambda a, order=order: a.rollout.remote(order), order) for order in orders))
+    assert [order for order, _ in answers] == orders
+    assert pool.replaced == 0
+    await pool.close()
+
+
 async def test_an_error_of_the_service_arrives_as_it_is_and_costs_no_member():
     pool, _ = make(1)
     await pool.ready(Worker)

@@ -103,6 +103,21 @@ def test_a_delta_of_few_changes_is_small_beside_its_anchor():
     same_bits(StoreWeights(run.store).fetch(delta), run.tensors[1])
 
 
+def test_which_columns_change_does_not_matter_to_the_size_of_a_delta():
+    generator = torch.Generator().manual_seed(3)
+    masters = {f"layer{n}": torch.randn(1024, 1024, generator=generator) * 0.02 for n in range(8)}
+    steps = {name: 1e-6 * torch.randn(1024, 256, generator=generator) for name in masters}
+    sizes = []
+    for first in (0, 256, 512):
+        publisher = StoreWeights(MemoryStore())
+        publisher.publish(version(0), key(version(0)), {name: tensor.bfloat16() for name, tensor in masters.items()})
+        for name, tensor in masters.items():
+            tensor[:, first : first + 256] += steps[name]
+        record = publisher.publish(version(1), key(version(1)), {n: tensor.bfloat16() for n, tensor in masters.items()})
+        sizes.append(sum(ref.num_bytes for ref in record.objects))
+    assert max(sizes) < 1.05 * min(sizes)
+
+
 def damaged(store, ref, damage):
     """The object's reference after ``damage`` to it, which knows the new checksum: a fault that no store can see."""
     return store.put(ref.key, damage(bytes(store.get(ref.key))))

@@ -113,8 +113,9 @@ class VllmDialect:
 
     async def swap(self, server: EngineServer, file: Path, digest: str, label: str, *, abort: bool) -> None:
         """See ``Dialect``."""
+        # The sleep of level 0 is what ``/pause`` is, and answers 20 ms sooner: it does not wait for former answers.
         mode = "abort" if abort else "keep"
-        await server.post(f"/pause?mode={mode}&clear_cache=false", deadline_s=CONTROL_S)
+        await server.post(f"/sleep?level=0&mode={mode}", deadline_s=CONTROL_S)
         # These are under way together: most of each is the way there and back. Requests in flight give up their keys
         # and values too: the reset fails while anybody holds some.
         swapped, cache, _ = await asyncio.gather(
@@ -130,7 +131,7 @@ class VllmDialect:
         if not is_empty:
             raise EngineLostError("the cache of keys and values still has some of the old weights")
         await server.post("/update_weight_version", {"new_version": label}, deadline_s=CONTROL_S)
-        await server.post("/resume", deadline_s=CONTROL_S)
+        await server.post("/wake_up?tags=scheduling", deadline_s=CONTROL_S)
 
     async def _on_workers(self, server: EngineServer, method: str, *args: str) -> list[dict[str, str]]:
         """The answers of all workers to a method of the plug-in."""

@@ -198,9 +198,13 @@ class S3Store:
         )
 
     def _look_up(self, key: str) -> dict[str, Any]:
-        """What the server says of an object. Raises ObjectMissingError."""
+        """What the server says of an object. Raises ObjectMissingError; StoreError where the bucket is missing, too."""
         place = self._place(key)
-        found: dict[str, Any] = self._requests.run("look up", key, lambda s3, _: s3.head_object(**place))
+        try:
+            found: dict[str, Any] = self._requests.run("look up", key, lambda s3, _: s3.head_object(**place))
+        except ObjectMissingError:
+            next(self.list(key), None)  # a refusal has a reason here; the answer to a HEAD has none
+            raise
         return found
 
     def _size(self, key: str) -> int:
