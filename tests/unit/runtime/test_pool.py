@@ -146,7 +146,9 @@ async def test_an_order_that_waits_for_another_one_has_its_deadline_behind_that(
     pool, _ = make(1, call_deadline_s=2.0)
     await pool.ready(OneByOne)
     orders = [f"sleep 1.{number}" for number in range(2, 6)]
-    answers = await asyncio.gather(*(pool.call(lambda a, order=order: a.rollout.remote(order), order) for order in orders))
+    answers = await asyncio.gather(
+        *(pool.call(lambda a, order=order: a.rollout.remote(order), order) for order in orders)
+    )
     assert [order for order, _ in answers] == orders
     assert pool.replaced == 0
     await pool.close()
