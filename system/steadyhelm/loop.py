@@ -212,7 +212,7 @@ class Loop:
             await asyncio.wait({task}, timeout=self._look_s)  # batches are closed behind it
 
     async def _serve(self, iteration: int) -> tuple[PolicyVersion, tuple[Span, ...], dict[str, float]]:
-        """Publishes the learner's weights and puts them into every engine; once anew, as a whole, where they cannot be read."""
+        """Publishes the learner's weights and puts them into every engine; those that cannot be read once more."""
         version = PolicyVersion(iteration=iteration, attempt=self._log.attempt)
         spans: tuple[Span, ...] = ()
         metrics: dict[str, float] = {}

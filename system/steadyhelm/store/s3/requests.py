@@ -119,8 +119,8 @@ class Requests:
                 found = send(server.client, ends)
             except RecursionError as error:  # boto3 follows redirects to where it comes from
                 raise StoreError(
-                    f"cannot {verb} {key!r} in {self._address}: the server sends the request elsewhere without end: mend "
-                    "endpoint (http or https, host) or region in store.uri",
+                    f"cannot {verb} {key!r} in {self._address}: the server sends the request elsewhere without end: "
+                    "mend endpoint (http or https, host) or region in store.uri",
                     "StoreRefused",
                 ) from error
             except _failures() as error:
