@@ -8,7 +8,7 @@ depend on ``n``, whether the engines or the learner hold the loop up, so it says
     max_staleness = 0 (one after the other):      n* = W/L · (1 − t)/t
 
 with ``t`` the share that the learner may wait. More engines than there are orders at hand at once are of no use, and
-bound ``n*``.
+bound ``n*``; that orders do not divide evenly among engines is not in it, since an engine works on several at once.
 
 The learner's wait comes first: where fewer engines than ``n*`` are wanted the number grows. What is measured may be off
 by a share ``NOISE``, which decides when engines leave, and how many stay:
