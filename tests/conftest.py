@@ -99,4 +99,4 @@ def s3_bucket(s3_endpoint: str) -> str:
 @pytest.fixture
 def s3_uri(s3_endpoint: str, s3_bucket: str) -> str:
     """An empty store of this test's own."""
-    return f"s3://{s3_bucket}/{uuid.uuid4().hex}?endpoint={s3_endpoint}&timeout_s=10&deadline_s=20"
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex}?endpoint={s3_endpoint}&timeout_s=30&deadline_s=180"

@@ -16,7 +16,7 @@ CREDENTIALS: Mapping[str, str] = {
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 """What a client of the server needs in its environment."""
-START_S = 20.0
+START_S = 60.0
 """Longest time until the server listens."""
 ONE_AT_A_TIME = ("--concurrency", "1")
 """With these options of its folder back end versitygw's conditional create holds; by default it loses races."""
