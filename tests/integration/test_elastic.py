@@ -19,7 +19,7 @@ SCALED = (
 )
 """However weights travel: the undisturbed run's go through the store."""
 DRIVER = '''
-import asyncio, os, signal, sys
+import asyncio, contextlib, os, signal, sys
 from pathlib import Path
 
 import psutil
@@ -35,7 +35,12 @@ async def until(holds):
 
 
 def engines():
-    return [p for p in psutil.Process().children(recursive=True) if (p.cmdline() or [""])[0].startswith("ray::Rollout")]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends meanwhile
+            if (process.cmdline() or [""])[0].startswith("ray::Rollout"):
+                found.append(process)
+    return found
 
 
 async def when_busy(pool, act):
