@@ -192,8 +192,9 @@ async def test_what_has_not_started_goes_first_when_a_pool_shrinks():
 
 
 async def test_without_room_the_pool_goes_on_with_those_it_has_says_so_once_and_tries_again():
-    fleet = Fleet(1, start_deadline_s=0.05, retry_s=0.01)
+    fleet = Fleet(1, retry_s=0.01)
     await fleet.start()
+    fleet.pool.start_deadline_s = 0.05
     fleet.cluster.room = 1
     fleet.pool.resize(3)
     assert await fleet.order("meanwhile") == "meanwhile"
@@ -209,7 +210,7 @@ async def test_without_room_the_pool_goes_on_with_those_it_has_says_so_once_and_
 
 
 async def test_a_pool_of_which_some_cannot_be_placed_at_the_start_begins_with_the_others():
-    fleet = Fleet(3, start_deadline_s=0.1)
+    fleet = Fleet(3, start_deadline_s=1.0)
     fleet.cluster.room = 2
     await fleet.start()
     assert fleet.serving() == [0, 1]
