@@ -82,7 +82,7 @@ def groups(monkeypatch):
 
 
 def test_engines_that_ask_at_one_time_are_served_by_one_broadcast(publisher, monkeypatch):
-    monkeypatch.setattr(broadcast, "GATHER_S", 1.0)
+    monkeypatch.setattr(broadcast, "GATHER_S", 3.0)
     sizes = groups(monkeypatch)
     record = publish(publisher, 3, large_set())
     for found in fetched_by(4, publisher, record):
@@ -133,8 +133,8 @@ def test_known_weights_are_adopted_by_whoever_still_holds_them_only(publisher):
 
 
 def test_a_member_that_asks_and_then_falls_silent_costs_the_others_a_second_try(publisher, monkeypatch):
-    monkeypatch.setattr(broadcast, "GATHER_S", 1.0)
-    monkeypatch.setattr(broadcast, "CONNECT_S", 3.0)
+    monkeypatch.setattr(broadcast, "GATHER_S", 2.0)
+    monkeypatch.setattr(broadcast, "CONNECT_S", 5.0)
     sizes = groups(monkeypatch)
     record = publish(publisher, 0, small_set())
     with asked(publisher, record):
@@ -152,7 +152,7 @@ def test_a_member_that_is_gone_before_the_group_is_left_out(publisher, monkeypat
 
 
 def test_where_one_reader_ends_in_the_middle_the_others_fail_at_once_and_ask_again(publisher, monkeypatch):
-    monkeypatch.setattr(broadcast, "GATHER_S", 1.0)
+    monkeypatch.setattr(broadcast, "GATHER_S", 2.0)
     monkeypatch.setattr(broadcast, "CHUNK", 1 << 16)
     record = publish(publisher, 0, large_set())
     real, struck = broadcast._Group.receive, []
