@@ -287,17 +287,17 @@ def test_a_second_driver_is_refused_or_takes_over_and_the_first_one_woken_up_com
             if line == "iteration 3\n":
                 break
         os.kill(first.pid, signal.SIGSTOP)
-        refused, _ = start().communicate(timeout=60)
+        refused, _ = start().communicate(timeout=240)
         assert refused.startswith(
             f"HeldError another driver is running run 'fake' in file://{tmp_path} (pid {first.pid}"
         )
         second = start("--take-over")
-        told, _ = second.communicate(timeout=60)
+        told, _ = second.communicate(timeout=240)
         assert second.returncode == 0, told
         assert json.loads(told.splitlines()[-1]) == [f"0:{n}" for n in range(320)]
         entries = CommitLog.read(LocalStore(tmp_path), "fake").entries
         os.kill(first.pid, signal.SIGCONT)
-        woken, _ = first.communicate(timeout=60)
+        woken, _ = first.communicate(timeout=240)
         assert first.returncode == 1
         assert "FencedError" in woken
         assert CommitLog.read(LocalStore(tmp_path), "fake").entries == entries
