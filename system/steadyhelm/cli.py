@@ -7,14 +7,15 @@ nor ray and answer at once.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import shlex
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -306,14 +307,31 @@ def main() -> None:
 
     try:
         app()
+    except SystemExit as ended:  # as every command does that raises nothing else
+        _end(ended.code)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        _end(EXIT_INTERRUPTED)
     except Exception as error:  # the outermost frame: whatever it is becomes an exit code
         ours = isinstance(error, SteadyhelmError)
         if "--debug" in sys.argv or not ours:
             _complain(traceback.format_exc().rstrip())
         _complain(f"steadyhelm: {error}" if ours else "steadyhelm: this error is not an expected one: report it")
-        sys.exit(exit_code(error))
+        _end(exit_code(error))
+
+
+def _end(code: str | int | None) -> NoReturn:
+    """Ends the process as ``sys.exit`` does, but where Ray was in it at once behind its exit functions.
+
+    Ray's threads go on while Python and C++ take apart what they use, which now and then is a segmentation fault
+    behind a run that has succeeded.
+    """
+    if "ray" not in sys.modules or isinstance(code, str):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code or 0)
 
 
 def _complain(text: str) -> None:

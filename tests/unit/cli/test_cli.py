@@ -115,3 +115,24 @@ def test_light_commands_import_no_heavy_module(file: Path, arguments: list[str])
     command = [sys.executable, "-c", WATCH, *(str(file) if word == "FILE" else word for word in arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+RAY = """
+import atexit, sys, threading, time, types
+from steadyhelm.cli import main
+sys.modules["ray"] = types.ModuleType("ray")
+threading.Thread(target=time.sleep, args=(600,)).start()
+atexit.register(print, "exit functions")
+sys.argv = ["steadyhelm", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("sets", "code"), [((), 0), (("--set", "learner.lrr=1"), 2)])
+def test_a_process_that_had_ray_in_it_runs_its_exit_functions_and_waits_for_no_thread(
+    file: Path, sets: tuple[str, ...], code: int
+):
+    command = [sys.executable, "-c", RAY, "validate", str(file), *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "exit functions")
+    assert ("lrr is not a known key" in done.stderr) == bool(code)
