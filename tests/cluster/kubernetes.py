@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.cluster.api import Api, Manifest
+from tests.cluster.api import Api, ApiError, Manifest
 
 T = TypeVar("T")
 PERIOD_S = 0.5
@@ -56,15 +56,24 @@ class Kubernetes:
         return done.stdout
 
     def until(self, found: Callable[[], T | None], what: str, *, seconds: float, namespace: str = "") -> T:
-        """Waits for what ``found`` finds. On time-out the failure tells how the namespace's pods are."""
+        """Waits for what ``found`` finds. On time-out the failure tells how the namespace's pods are.
+
+        An API server that gives no answer, or fails, does so in passing.
+        """
         end = time.monotonic() + seconds
         while True:
-            result = found()
+            failed = ""
+            try:
+                result = found()
+            except ApiError as error:
+                if 0 < error.code < 500:
+                    raise
+                result, failed = None, f"{error}\n"
             if result:
                 return result
             if time.monotonic() > end:
                 told = self.told(namespace) if namespace else ""
-                raise AssertionError(f"not within {seconds:g} s: {what}\n{told}")
+                raise AssertionError(f"not within {seconds:g} s: {what}\n{failed}{told}")
             time.sleep(PERIOD_S)
 
     def pods(self, namespace: str, **labels: str) -> list[Manifest]:
