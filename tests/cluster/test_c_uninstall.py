@@ -11,6 +11,7 @@ from tests.cluster.runs import RUNS, delete
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
+SMOKE = f"/api/v1/namespaces/{NAMESPACE}/configmaps/{RELEASE}-smoke"
 RIGHTS = ("clusterroles,clusterrolebindings", "-l", "app.kubernetes.io/instance=operator", "-o", "name")
 
 
@@ -36,8 +37,9 @@ def ancestors(process: int) -> Iterator[int]:
 def test_after_uninstalling_no_object_no_pod_and_no_process_is_left(kubernetes: Kubernetes, operator: None):
     assert kubernetes.run("kubectl", "get", *RIGHTS)
     assert not kubernetes.init or processes(kubernetes.init)
-    with pytest.raises(AssertionError, match="Waiting for the Ray API"):  # a smoke test that fails leaves no pod either
-        kubernetes.run("helm", "test", RELEASE, "--namespace", NAMESPACE, "--timeout", "12s")
+    kubernetes.api.merge(SMOKE, {"data": {"smoke.yaml": "{}"}})  # a smoke test that fails leaves no pod either
+    with pytest.raises(AssertionError, match="Waiting for the Ray API"):
+        kubernetes.run("helm", "test", RELEASE, "--namespace", NAMESPACE, "--timeout", "4m", timeout_s=270)
     for run in kubernetes.api.items(RUNS):  # by the operator, as long as there is one
         delete(kubernetes, run["metadata"]["name"])
     kubernetes.run("helm", "uninstall", RELEASE, "--namespace", NAMESPACE)
