@@ -34,11 +34,12 @@ test: setup ## every test that needs nothing beyond PyPI
 
 test-charts: setup ## the Helm charts, rendered by helm and judged by the schemas of Kubernetes and KubeRay (helm is built by Go where missing)
 	@.ci/helm >/dev/null || { echo "make test-charts: nothing was tested" >&2; exit 1; }
+	@.ci/crds >/dev/null || true # before the tests, whose time is limited
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m charts -rs tests/charts
 
 test-cluster: setup ## the charts on a real Kubernetes: the one that KUBECONFIG names, or one of this machine's own (root, Go and Debian's packages)
 	@.ci/helm >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
-	@[ -n "$$KUBECONFIG" ] || { .ci/kubernetes && .ci/versitygw && .ci/node-images; } >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
+	@[ -n "$$KUBECONFIG" ] || { .ci/kubernetes && .ci/versitygw && .ci/kwok && .ci/node-images; } >/dev/null || { echo "make test-cluster: nothing was tested" >&2; exit 1; }
 	STEADYHELM_KEEP_IMAGES=1 $(BIN)/pytest -m cluster -rs --timeout 1200 tests/cluster $(if $(KUBECONFIG),,tests/operator)
 
 test-images: setup ## the Dockerfiles' pins, by the package index; and the images that run without a GPU, built and run (root, buildah)
