@@ -139,8 +139,8 @@ def wrong_groups(manifests: list[Manifest]) -> Iterator[str]:
     """Groups of the RayCluster by which KubeRay, the autoscaler or the placement of actors would stumble."""
     cluster = one(manifests, "RayCluster")
     name = cluster["metadata"]["name"]
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?", name):
-        yield f"KubeRay refuses the name {name}"
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,43}[a-z0-9])?", name):
+        yield f"KubeRay refuses or cuts the name {name}"
     names = [group for group, _ in groups(cluster)]
     if len(names) != len(set(names)) or not len(names) <= 17:
         yield f"groups {names}"

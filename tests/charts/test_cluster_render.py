@@ -19,6 +19,8 @@ from tests.charts.objects import CLUSTER, EXAMPLES, Manifest, groups, one, pods
 from tests.charts.schemas import Judge
 from tests.charts.test_cluster_values import SCHEMA, VALUES, merged
 from tests.charts.values import values
+from tests.cluster.stand_in.objects import head_pod as head_pod_of_kuberay
+from tests.cluster.stand_in.objects import secret_name
 
 pytestmark = pytest.mark.charts
 
@@ -55,7 +57,6 @@ def contradicts(given_values: dict[str, Any]) -> bool:
         any(pool["min"] > pool["max"] for pool in scaled)
         or (s3["embedded"]["enabled"] and bool(s3["uri"] or s3["credentialsSecret"]))
         or (bool(kueue["queue"]) and all_values["autoscaling"]["enabled"] and not kueue["elastic"])
-        or (s3["embedded"]["enabled"] and len(all_values["name"]) > 49)
         or any(
             not smaller_part(part, egress["cidr"])
             for egress in all_values["networkPolicy"]["egress"]
@@ -216,6 +217,19 @@ def test_a_release_whose_name_no_cluster_can_have_is_refused(render: Render):
     with pytest.raises(ValueError, match='name "7b" must begin with a letter'):
         render({}, release="7b")
     assert one(render({"name": "rl"}, release="7b"), "RayCluster")["metadata"]["name"] == "rl"
+
+
+def test_kuberay_finds_what_belongs_to_a_cluster_with_the_longest_name(judge: Judge, render: Render):
+    longest = "n" * 45
+    manifests = render(EVERYTHING, release=longest)
+    assert wrong(judge, manifests) == []
+    cluster = one(manifests, "RayCluster")
+    cluster["metadata"] |= {"namespace": "ns", "uid": "1"}
+    assert one(manifests, "ServiceAccount", head_pod_of_kuberay(cluster)["spec"]["serviceAccountName"])
+    (token,) = (volume for volume in one(manifests, "Pod")["spec"]["volumes"] if volume["name"] == "token")
+    assert token["secret"]["secretName"] == secret_name(cluster)
+    with pytest.raises(ValueError, match="have at most 45 lower-case letters"):
+        render({}, release=longest + "n")
 
 
 @pytest.mark.parametrize("release", ["null", "yes", "on", "n"])

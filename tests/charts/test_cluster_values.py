@@ -68,6 +68,7 @@ def test_the_schema_takes_the_values_on_the_page_for_users():
     [
         ({"pools": {"rolout": {"min": 1}}}, "$.pools"),
         ({"pools": {"rollout": {"mim": 1}}}, "$.pools.rollout"),
+        ({"name": "n" * 46}, "$.name"),
         ({"pools": {"head": {"gpus": 1}}}, "$.pools.head"),
         ({"pools": {"rollout": {"gracePeriodSeconds": 300}}}, "$.pools.rollout.gracePeriodSeconds"),
         ({"defaults": {"cpu": "4 cores"}}, "$.defaults.cpu"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.stand_in.objects import autoscaler_rights, head_pod, head_service, secret, worker_pod
+from tests.cluster.stand_in.objects import autoscaler_rights, check_name, head_pod, head_service, secret, worker_pod
 
 Manifest = dict[str, Any]
 
@@ -141,3 +141,38 @@ def test_a_token_is_made_only_where_the_api_asks_for_one(cluster):
     assert secret(brought) is None
     variables = {v["name"]: v for v in head_pod(brought)["spec"]["containers"][0]["env"]}
     assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("rl", "rl"),
+        ("a" * 50, "a" * 50),
+        ("ab" + "c" * 50, "c" * 50),
+        ("a7" + "c" * 49, "r" + "c" * 49),
+        ("a-" + "c" * 49, "r" + "c" * 49),
+    ],
+)
+def test_a_name_is_cut_as_kuberay_cuts_it(name: str, kept: str):
+    assert check_name(name) == kept
+
+
+def test_what_belongs_to_a_cluster_with_a_long_name_has_names_that_are_cut():
+    metadata = {"name": "a" + "b" * 50, "namespace": "ns", "uid": "1"}
+    container = {"name": "ray-head", "image": "i", "ports": [{"name": "gcs-server", "containerPort": 6379}]}
+    template = {"spec": {"serviceAccountName": "a" + "b" * 45 + "-head", "containers": [container]}}
+    spec = {
+        "enableInTreeAutoscaling": True,
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {"template": template},
+    }
+    cluster = {"metadata": metadata, "spec": spec}
+    account = "b" * 45 + "-head"
+    role, binding = autoscaler_rights(cluster)
+    head, token = head_pod(cluster), secret(cluster)
+    assert token is not None
+    assert [found["metadata"]["name"] for found in (role, binding, token)] == ["b" * 50] * 3
+    assert (binding["roleRef"]["name"], binding["subjects"][0]["name"]) == ("b" * 50, account)
+    assert head["spec"]["serviceAccountName"] == account
+    variables = {variable["name"]: variable for variable in head["spec"]["containers"][0]["env"]}
+    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "b" * 50

@@ -82,8 +82,8 @@ capabilities: {drop: [ALL]}
 {{/* Ends the rendering with every contradiction between values that the schema cannot see. */}}
 {{- define "steadyhelm.validate" -}}
 {{- $wrong := list }}
-{{- if not (regexMatch "^[a-z]([a-z0-9-]{0,51}[a-z0-9])?$" (include "steadyhelm.name" .)) }}
-{{- $wrong = append $wrong (printf "name %q must begin with a letter, have at most 53 lower-case letters, digits and dashes, and end without a dash: set name, or rename the release" (include "steadyhelm.name" .)) }}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]{0,43}[a-z0-9])?$" (include "steadyhelm.name" .)) }}
+{{- $wrong = append $wrong (printf "name %q must begin with a letter, have at most 45 lower-case letters, digits and dashes (KubeRay cuts longer names of what belongs to it), and end without a dash: set name, or rename the release" (include "steadyhelm.name" .)) }}
 {{- end }}
 {{- range $path, $pool := dict "pools.rollout" .Values.pools.rollout "pools.rollout.spot" .Values.pools.rollout.spot "pools.reward" .Values.pools.reward }}
 {{- if gt (int $pool.min) (int $pool.max) }}
@@ -92,9 +92,6 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- if and .Values.s3.embedded.enabled (or .Values.s3.uri .Values.s3.credentialsSecret) }}
 {{- $wrong = append $wrong "s3.embedded.enabled brings a store of its own: leave s3.uri and s3.credentialsSecret empty, or turn it off" }}
-{{- end }}
-{{- if and .Values.s3.embedded.enabled (gt (len (include "steadyhelm.name" .)) 49) }}
-{{- $wrong = append $wrong (printf "name %q is longer than the 49 characters that leave room for the pod of s3.embedded: set a shorter name" (include "steadyhelm.name" .)) }}
 {{- end }}
 {{- range $egress := .Values.networkPolicy.egress }}
 {{- range $egress.except }}

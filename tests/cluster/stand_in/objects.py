@@ -46,12 +46,18 @@ def scaled(cluster: Manifest) -> bool:
     return bool(cluster["spec"].get("enableInTreeAutoscaling"))
 
 
+def check_name(name: str) -> str:
+    """A name as KubeRay cuts it for what belongs to a cluster: its last 50 characters, ``r`` in place of a digit or dash at their start."""
+    kept = name[-50:]
+    return kept if kept[0].isalpha() else f"r{kept[1:]}"
+
+
 def secret_name(cluster: Manifest) -> str:
     """Secret with the API's token; empty where the API is open."""
     options = cluster["spec"].get("authOptions", {})
     if options.get("mode") != "token":
         return ""
-    return options.get("secretName") or cluster["metadata"]["name"]
+    return options.get("secretName") or check_name(cluster["metadata"]["name"])
 
 
 def secret(cluster: Manifest) -> Manifest | None:
@@ -59,7 +65,7 @@ def secret(cluster: Manifest) -> Manifest | None:
     if not secret_name(cluster) or cluster["spec"]["authOptions"].get("secretName"):
         return None
     token = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "stringData": {"auth_token": token_hex(32)}}
-    return owned(cluster, token | {"metadata": {"name": cluster["metadata"]["name"]}})
+    return owned(cluster, token | {"metadata": {"name": secret_name(cluster)}})
 
 
 def head_service(cluster: Manifest) -> Manifest:
@@ -85,8 +91,8 @@ def autoscaler_rights(cluster: Manifest) -> list[Manifest]:
     """ServiceAccount (where the head's template names none), Role and RoleBinding of the autoscaler."""
     if not scaled(cluster):
         return []
-    name = cluster["metadata"]["name"]
-    account = _head_account(cluster)
+    name = check_name(cluster["metadata"]["name"])
+    account = check_name(_head_account(cluster))
     rules = [
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "patch"]},
         {"apiGroups": [""], "resources": ["pods/resize"], "verbs": ["patch"]},
@@ -117,7 +123,7 @@ def head_pod(cluster: Manifest) -> Manifest:
     command = _start("--head", group, main, asked)
     if scaled(cluster):
         main["env"].append({"name": "RAY_enable_autoscaler_v2", "value": "true"})
-        pod["spec"].setdefault("serviceAccountName", _head_account(cluster))
+        pod["spec"]["serviceAccountName"] = check_name(_head_account(cluster))
         sidecar = _autoscaler(cluster, main)
         pod["spec"]["containers"].append(sidecar)
         for container in (main, sidecar):
@@ -161,7 +167,7 @@ def _pod(cluster: Manifest, group: Manifest, group_name: str) -> Manifest:
     template = deepcopy(group["template"])
     metadata = template.get("metadata", {})
     metadata["labels"] = metadata.get("labels", {}) | group.get("labels", {})
-    metadata["generateName"] = f"{name}-head-" if role == "head" else f"{name}-{group_name}-worker-"
+    metadata["generateName"] = f"{name[:50]}-head-" if role == "head" else f"{name}-{group_name}"[:50] + "-worker-"
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
     main = pod["spec"]["containers"][0]
     main.setdefault("env", [])
