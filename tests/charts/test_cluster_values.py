@@ -15,6 +15,7 @@ from jsonschema import Draft7Validator
 from steadyhelm.config import RunFile
 from steadyhelm.config.s3 import S3Address
 from steadyhelm.driver import METRICS_ADDRESS
+from steadyhelm.errors import ConfigError
 from steadyhelm.telemetry.metrics import FAMILIES, METRICS
 from steadyhelm.telemetry.prometheus import LatestMetrics, exposition
 
@@ -107,6 +108,51 @@ def test_the_schema_refuses(values: dict[str, Any], place: str):
 )
 def test_the_schema_takes_what_kubernetes_takes(values: dict[str, Any]):
     assert [error.message for error in Draft7Validator(SCHEMA).iter_errors(merged(VALUES, values))] == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket",
+        "s3://bucket/",
+        "s3://bucket/.runs/..a/...",
+        "s3://bucket/runs?endpoint=http://[fd00::1]:9000/&region=eu-central-1",
+        "s3://bucket/runs?endpoint=https://minio.minio.svc/below&path_style=0",
+        "s3://bucket/runs?timeout_s=5&deadline_s=0.05",
+    ],
+)
+def test_the_store_is_an_address_by_the_schema_and_by_the_system(uri: str):
+    assert S3Address.parse(uri).bucket == "bucket"
+    assert not store_faults(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/runs?secret_access_key=CANARY",
+        "s3://bucket/runs?regoin=eu",
+        "s3://bucket/runs?endpoint=foo",
+        "s3://bucket/runs?endpoint=minio:9000",
+        "s3://bucket/runs?endpoint=ftp://host",
+        "s3://bucket/runs?endpoint=http://",
+        "s3://bucket/runs?endpoint=http://key:secret@host",
+        "s3://bucket/runs?path_style=true",
+        "s3://bucket/runs?timeout_s=abc",
+        "s3://bucket/runs?deadline_s=0",
+        "s3://bucket/../x",
+        "s3://bucket/./x",
+        "s3://bucket/..",
+    ],
+)
+def test_what_is_no_address_to_the_system_is_none_to_the_schema(uri: str):
+    with pytest.raises(ConfigError):
+        S3Address.parse(uri)
+    assert store_faults(uri)
+
+
+def store_faults(uri: str) -> list[str]:
+    """What the schema says against a store."""
+    return [error.message for error in Draft7Validator(SCHEMA).iter_errors(merged(VALUES, {"s3": {"uri": uri}}))]
 
 
 def paths(values: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:

@@ -47,7 +47,7 @@ def scaled(cluster: Manifest) -> bool:
 
 
 def check_name(name: str) -> str:
-    """A name as KubeRay cuts it for what belongs to a cluster: its last 50 characters, ``r`` in place of a digit or dash at their start."""
+    """A name as KubeRay cuts it: its last 50 characters, with ``r`` for a digit or dash at their start."""
     kept = name[-50:]
     return kept if kept[0].isalpha() else f"r{kept[1:]}"
 
