@@ -58,11 +58,25 @@ def contradicts(given_values: dict[str, Any]) -> bool:
         or (s3["embedded"]["enabled"] and bool(s3["uri"] or s3["credentialsSecret"]))
         or (bool(kueue["queue"]) and all_values["autoscaling"]["enabled"] and not kueue["elastic"])
         or any(
+            not bare(block)
+            for egress in all_values["networkPolicy"]["egress"]
+            for block in (egress["cidr"], *egress.get("except", ()))
+        )
+        or any(
             not smaller_part(part, egress["cidr"])
             for egress in all_values["networkPolicy"]["egress"]
             for part in egress.get("except", ())
         )
     )
+
+
+def bare(block: str) -> bool:
+    """Whether a block of addresses has no bits set behind its prefix."""
+    try:
+        ipaddress.ip_network(block)
+    except ValueError:
+        return False
+    return True
 
 
 def smaller_part(part: str, whole: str) -> bool:
@@ -95,6 +109,27 @@ def test_an_exception_to_a_block_lies_in_it(render: Render, part: str, whole: st
     else:
         with pytest.raises(ValueError, match=f"{part} is no smaller part of {whole}"):
             render(chosen)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "0.0.0.0/0", "10.0.0.0/8", "10.16.0.0/12", "10.0.0.1/32", "::/0", "fd00::/8", "fd00:ec2::254/128", "fe80::/10",
+        "2001:db8:1:2:3:4:5:6/128", "2001:db8::8000/113", "10.0.0.1/8", "10.24.0.0/12", "0.0.0.1/0", "10.0.0.1/31",
+        "fd00::1/8", "fe80::/6", "::1/127", "2001:db8:1:2:3:4:5:6/112", "2001:db8::c000/113",
+    ],
+)  # fmt: skip
+def test_a_block_has_no_bits_behind_its_prefix(render: Render, block: str):
+    def chosen(egress: dict[str, Any]) -> dict[str, Any]:
+        return {"networkPolicy": {"egress": [{"ports": [443], **egress}]}}
+
+    within = {"cidr": "::/0" if ":" in block else "0.0.0.0/0", "except": [block]}
+    if bare(block):
+        render(chosen({"cidr": block}))
+        return
+    for egress in ({"cidr": block}, within):
+        with pytest.raises(ValueError, match=f"networkPolicy.egress: {block} has bits set behind its prefix"):
+            render(chosen(egress))
 
 
 @pytest.mark.parametrize(

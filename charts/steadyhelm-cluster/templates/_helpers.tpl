@@ -94,6 +94,11 @@ capabilities: {drop: [ALL]}
 {{- $wrong = append $wrong "s3.embedded.enabled brings a store of its own: leave s3.uri and s3.credentialsSecret empty, or turn it off" }}
 {{- end }}
 {{- range $egress := .Values.networkPolicy.egress }}
+{{- range prepend ($egress.except | default list) $egress.cidr }}
+{{- if ne (include "steadyhelm.bare" .) "yes" }}
+{{- $wrong = append $wrong (printf "networkPolicy.egress: %s has bits set behind its prefix, which Kubernetes refuses: clear them, or make the prefix longer" .) }}
+{{- end }}
+{{- end }}
 {{- range $egress.except }}
 {{- if ne (include "steadyhelm.within" (dict "part" . "whole" $egress.cidr)) "yes" }}
 {{- $wrong = append $wrong (printf "networkPolicy.egress: %s is no smaller part of %s, so it cannot be an exception to it (of IPv6 only ::/0 may have exceptions)" . $egress.cidr) }}
@@ -106,6 +111,30 @@ capabilities: {drop: [ALL]}
 {{- if $wrong }}
 {{- fail (join "\n" $wrong) }}
 {{- end }}
+{{- end }}
+
+{{/* "yes" where a block of addresses has no bits set behind its prefix. */}}
+{{- define "steadyhelm.bare" -}}
+{{- $address := index (splitList "/" .) 0 }}
+{{- $bits := index (splitList "/" .) 1 | atoi }}
+{{- $width := 8 }}
+{{- $parts := splitList "." $address }}
+{{- if contains ":" $address }}
+{{- $width = 16 }}
+{{- $parts = list }}
+{{- $given := without (splitList ":" $address) "" | len }}
+{{- range $n, $half := splitList "::" $address }}
+{{- range ternary (until (int (sub 8 $given))) list (eq $n 1) }}{{ $parts = append $parts "0" }}{{ end }}
+{{- range without (splitList ":" $half) "" }}{{ $parts = append $parts (printf "0x%s" .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $bare := true }}
+{{- range $n, $part := $parts }}
+{{- $size := 1 }}
+{{- range until (int (sub $width (max 0 (min $width (sub $bits (mul $width $n)))))) }}{{ $size = mul 2 $size }}{{ end }}
+{{- if mod (int $part) $size }}{{ $bare = false }}{{ end }}
+{{- end }}
+{{- if $bare }}yes{{ end }}
 {{- end }}
 
 {{/* "yes" where the block .part lies in the block .whole and is smaller; of IPv6 that is known of ::/0 alone. */}}
