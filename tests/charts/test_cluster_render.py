@@ -138,14 +138,17 @@ def test_a_block_has_no_bits_behind_its_prefix(render: Render, block: str):
         ("s3://bucket/runs?endpoint=http://minio.minio.svc:9000&region=x", [9000]),
         ("s3://bucket/runs?region=x&endpoint=http://minio.minio.svc", [80]),
         ("s3://bucket/runs?endpoint=http://[fd00::1]:9000", [9000]),
-        ("s3://bucket/runs?endpoint=https://s3.example.org", []),
+        ("s3://bucket/runs?endpoint=https://[fd00::1]:443", [443]),
+        ("s3://bucket/runs?endpoint=https://minio.minio.svc", [443]),
+        ("s3://bucket/runs?endpoint=http://minio.minio.svc:0", []),
         ("s3://bucket/runs", []),
     ],
 )
 def test_the_store_can_be_reached_at_the_port_of_its_endpoint(render: Render, uri: str, ports: list[int]):
     rules = one(render({"s3": {"uri": uri}}), "NetworkPolicy", "rl")["spec"]["egress"]
-    found = [rule["ports"][0]["port"] for rule in rules if {"namespaceSelector": {}} in rule.get("to", [])]
-    assert found == ports, "443 is open by networkPolicy.egress"
+    found = [rule for rule in rules if {"namespaceSelector": {}} in rule.get("to", [])]
+    assert [rule["ports"][0]["port"] for rule in found] == ports
+    assert all("::/0" in [peer.get("ipBlock", {}).get("cidr") for peer in rule["to"]] for rule in found)
 
 
 def test_rayclusters_are_judged_by_kuberays_own_schema(judge: Judge, render: Render):

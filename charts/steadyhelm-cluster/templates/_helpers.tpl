@@ -43,17 +43,13 @@ s3://steadyhelm/runs?endpoint=http://{{ include "steadyhelm.name" . }}-s3.{{ .Re
 {{- end }}
 {{- end }}
 
-{{/* The port of the endpoint in s3.uri; empty where no rule is missing for it. */}}
+{{/* The port of the endpoint in s3.uri; empty where none is given. */}}
 {{- define "steadyhelm.storePort" -}}
 {{- $endpoint := regexFind "[?&]endpoint=[^&]*" .Values.s3.uri | trimPrefix "?" | trimPrefix "&" | trimPrefix "endpoint=" }}
 {{- if and $endpoint (not .Values.s3.embedded.enabled) }}
 {{- $host := index (splitList "/" (last (splitList "://" $endpoint))) 0 }}
 {{- $port := regexFind ":[0-9]{1,5}$" $host | trimPrefix ":" | default (ternary "80" "443" (hasPrefix "http://" $endpoint)) | int }}
-{{- $known := list }}
-{{- range .Values.networkPolicy.egress }}
-{{- range .ports }}{{- $known = append $known (int .) }}{{- end }}
-{{- end }}
-{{- if and (not (has $port $known)) (ge $port 1) (le $port 65535) }}{{ $port }}{{ end }}
+{{- if and (ge $port 1) (le $port 65535) }}{{ $port }}{{ end }}
 {{- end }}
 {{- end }}
 
