@@ -179,6 +179,12 @@ def test_it_reaches_heads_the_api_server_and_names_only(render: Render):
     ]
 
 
+def test_it_asks_for_names_at_the_ports_that_the_values_name(render: Render):
+    (policy,) = (m for m in render({"networkPolicy": {"dnsPorts": [53, 5353]}}) if m["kind"] == "NetworkPolicy")
+    ports = [(port["port"], port["protocol"]) for port in policy["spec"]["egress"][0]["ports"]]
+    assert ports == [(53, "UDP"), (53, "TCP"), (5353, "UDP"), (5353, "TCP")]
+
+
 @pytest.mark.parametrize(
     ("image", "reference"),
     [
