@@ -364,6 +364,29 @@ def test_spot_pods_come_first_and_may_run_elsewhere_unless_they_must_not(render:
     assert rollouts(required=True)[1]["template"]["spec"]["nodeSelector"] == {"spot": "true"}
 
 
+@pytest.mark.parametrize(
+    ("rollout", "scaled", "least"),
+    [
+        ({"min": 0}, True, 4),
+        ({"min": 1, "max": 8}, True, 8),
+        ({"min": 1, "max": 8, "spot": {"enabled": True, "max": 32}}, True, 40),
+        ({"min": 2, "max": 8, "spot": {"enabled": True, "min": 1}}, False, 3),
+        ({"min": 0}, False, None),
+        ({"min": 0, "max": 0}, True, None),
+    ],
+)
+def test_evictions_leave_all_pods_of_a_pool_alone(
+    render: Render, rollout: dict[str, Any], scaled: bool, least: int | None
+):
+    chosen = {"pools": {"rollout": {"protect": True, **rollout}}, "autoscaling": {"enabled": scaled}}
+    budgets = {m["metadata"]["name"]: m["spec"] for m in render(chosen) if m["kind"] == "PodDisruptionBudget"}
+    assert {name: budget["minAvailable"] for name, budget in budgets.items()} == {
+        "rl-head": 1,
+        "rl-learner": 1,
+        **({"rl-rollout": least} if least else {}),
+    }
+
+
 def test_a_pools_values_go_over_the_defaults(render: Render):
     chosen = {
         "defaults": {"env": {"A": "1", "B": "1"}, "mounts": {"/data": {"claim": "all"}}, "nodeSelector": {"zone": "a"}},
