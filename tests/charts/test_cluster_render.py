@@ -406,6 +406,23 @@ def test_a_pools_values_go_over_the_defaults(render: Render):
     assert container["image"] == "registry.example.org/team/steadyhelm-reward:v2"
 
 
+def test_every_pod_goes_where_the_values_send_it(render: Render):
+    taint = {"key": "team", "operator": "Exists", "effect": "NoSchedule"}
+    placed = {"nodeSelector": {"zone": "a"}, "tolerations": [taint], "priorityClassName": "high"}
+    chosen = {
+        "defaults": placed,
+        "pools": {"head": {"priorityClassName": "higher"}, "learner": {"priorityClassName": "lower"}},
+        "s3": {"embedded": {"enabled": True}},
+    }
+    found = {pod.name: pod.spec for pod in pods(render(chosen))}
+    assert all((spec["nodeSelector"], spec["tolerations"]) == ({"zone": "a"}, [taint]) for spec in found.values())
+    assert {name: spec["priorityClassName"] for name, spec in found.items()} == {
+        **dict.fromkeys(("rl-headgroup", "rl-s3-0", "rl-smoke"), "higher"),
+        **dict.fromkeys(("rl-rollout", "rl-reference", "rl-reward"), "high"),
+        "rl-learner": "lower",
+    }
+
+
 @pytest.mark.parametrize(
     ("image", "reference"),
     [

@@ -29,17 +29,11 @@ spec:
     - name: {{ . | quote }}
     {{- end }}
   {{- end }}
-  {{- with $pool.priorityClassName }}
-  priorityClassName: {{ . | quote }}
-  {{- end }}
   {{- with $pool.runtimeClassName }}
   runtimeClassName: {{ . | quote }}
   {{- end }}
-  {{- with $pool.nodeSelector }}
-  nodeSelector: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $pool.tolerations }}
-  tolerations: {{- toYaml . | nindent 4 }}
+  {{- with include "steadyhelm.placement" $pool | trim }}
+  {{- . | nindent 2 }}
   {{- end }}
   {{- with $pool.affinity }}
   affinity: {{- toYaml . | nindent 4 }}
@@ -139,6 +133,19 @@ spec:
       {{- end }}
     {{- end }}
     {{- end }}
+{{- end }}
+
+{{/* Which nodes a pod may go to, and ahead of whom; takes a pool's values. */}}
+{{- define "steadyhelm.placement" -}}
+{{- with .priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{/* The environment of a Ray node, the pool's own over the chart's; takes what steadyhelm.pod takes. */}}
