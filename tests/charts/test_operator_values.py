@@ -45,12 +45,31 @@ def test_the_schema_takes_the_defaults_and_the_examples(file: Path):
         ({"logFormat": "text"}, "$.logFormat"),
         ({"podLabels": {"app.kubernetes.io/name": "other"}}, "$.podLabels"),
         ({"rbac": {"tokenSecrets": ["A"]}}, "$.rbac.tokenSecrets[0]"),
+        ({"monitoring": {"podMonitor": {"labels": {"app.kubernetes.io/name": "x"}}}}, "$.monitoring.podMonitor.labels"),
+        ({"monitoring": {"alerts": {"labels": {"helm.sh/chart": "x"}}}}, "$.monitoring.alerts.labels"),
     ],
     ids=lambda found: found if isinstance(found, str) else "",
 )
 def test_the_schema_refuses(values: dict[str, Any], place: str):
     errors = list(Draft7Validator(SCHEMA).iter_errors(merged(VALUES, values)))
     assert [error.json_path for error in errors] == [place]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cpu": 0.5, "memory": "1.5Gi"},
+        {"cpu": "0.05"},
+        {"image": {"tag": "t" * 128}},
+        {"podAnnotations": {"k8s.v1.cni.cncf.io/networks": "a"}},
+        {"priorityClassName": "team.high"},
+        {"monitoring": {"alerts": {"runbook": "https://example.org/~team/runbook"}}},
+        {"global": {"imageRegistry": "registry.example.org"}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_the_schema_takes_what_kubernetes_takes(values: dict[str, Any]):
+    assert [error.message for error in Draft7Validator(SCHEMA).iter_errors(merged(VALUES, values))] == []
 
 
 def paths(values: dict[str, Any], schema: dict[str, Any], path: str = "") -> set[str]:

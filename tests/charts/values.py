@@ -17,7 +17,10 @@ def values(schema: Schema, chart: Mapping[str, Any]) -> st.SearchStrategy[dict[s
     return _strategy(schema, schema, chart)
 
 
-def _strategy(schema: Schema, root: Schema, chart: Any = NOTHING) -> st.SearchStrategy[Any]:
+def _strategy(schema: Schema | bool, root: Schema, chart: Any = NOTHING) -> st.SearchStrategy[Any]:
+    if schema is True:
+        return st.dictionaries(st.sampled_from(("registry", "team")), st.booleans())
+    assert not isinstance(schema, bool)
     if "$ref" in schema:
         found = root
         for name in schema["$ref"].removeprefix("#/").split("/"):
@@ -38,6 +41,9 @@ def _strategy(schema: Schema, root: Schema, chart: Any = NOTHING) -> st.SearchSt
             return st.booleans()
         case "integer":
             return st.integers(schema["minimum"], schema["maximum"])
+        case "number":
+            thousandths = st.integers(round(schema["minimum"] * 1000), round(schema["maximum"] * 1000))
+            return thousandths.map(lambda number: number / 1000)
         case "string":
             return st.from_regex(schema["pattern"], fullmatch=True, alphabet=st.characters(max_codepoint=126))
         case "array":
@@ -75,7 +81,7 @@ def closed_parts(schema: dict[str, Any]) -> int:
                 assert part.get("additionalProperties") is False or "propertyNames" in part, part
             case "string":
                 assert re.fullmatch(r"\^.*\$", part["pattern"]), part
-            case "integer":
+            case "integer" | "number":
                 assert {"minimum", "maximum"} <= part.keys(), part
     return len(found)
 
