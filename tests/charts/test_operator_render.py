@@ -186,6 +186,18 @@ def test_it_asks_for_names_at_the_ports_that_the_values_name(render: Render):
 
 
 @pytest.mark.parametrize(
+    ("install", "says"), [("true", "takes it over with --take-ownership"), ("false", "has to come from elsewhere")]
+)
+def test_the_notes_say_whose_the_definition_is(helm: Path, install: str, says: str):
+    command = [helm, "install", "o", CHART, "--dry-run=client", "--set", f"crd.install={install}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:")[2]
+    assert says in notes
+    assert notes.count("NOTE  ") == 1
+
+
+@pytest.mark.parametrize(
     ("image", "reference"),
     [
         ({}, "steadyhelm-operator:0.1.0"),
