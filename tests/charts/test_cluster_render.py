@@ -481,7 +481,7 @@ def test_the_notes_say_what_is_next_and_what_is_missing(helm: Path, tmp_path: Pa
     bare, complete = notes(), notes("--values", str(CLUSTER / "examples" / "spot.yaml"))
     assert "steadyhelm submit RUN.yaml --release rl --namespace ns" in bare
     assert "MISSING  No store is named" in bare
-    assert "helm -n ns test rl" in complete
+    assert "helm -n ns test rl --timeout 960s" in complete
     assert 'uri: "s3://my-bucket/runs?region=eu-central-1"' in complete
     assert "MISSING  No" not in complete
     assert "MISSING  monitoring.alerts.runbook is no address" in complete
