@@ -55,6 +55,11 @@ def test_every_image_of_a_cluster_has_the_same_python():
     assert places == {minor[1]}
 
 
+def test_what_builds_our_code_stays_below_its_next_major_version():
+    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert re.search(r",<\d+$", requirement)
+
+
 @pytest.mark.parametrize("role", WITH_RAY)
 def test_every_image_with_ray_has_the_version_that_the_chart_names(role: str):
     requirements = [one for extra in read(role).extras for one in PROJECT["optional-dependencies"][extra]]
