@@ -124,6 +124,7 @@ def test_the_schema_takes_what_kubernetes_takes(values: dict[str, Any]):
         "s3://bucket/.runs/..a/...",
         "s3://bucket/runs?endpoint=http://[fd00::1]:9000/&region=eu-central-1",
         "s3://bucket/runs?endpoint=https://minio.minio.svc/below&path_style=0",
+        "s3://bucket/runs?endpoint=http://host:65535",
         "s3://bucket/runs?timeout_s=5&deadline_s=0.05",
     ],
 )
@@ -141,6 +142,8 @@ def test_the_store_is_an_address_by_the_schema_and_by_the_system(uri: str):
         "s3://bucket/runs?endpoint=minio:9000",
         "s3://bucket/runs?endpoint=ftp://host",
         "s3://bucket/runs?endpoint=http://",
+        "s3://bucket/runs?endpoint=http://host:0",
+        "s3://bucket/runs?endpoint=http://host:65536",
         "s3://bucket/runs?endpoint=http://key:secret@host",
         "s3://bucket/runs?path_style=true",
         "s3://bucket/runs?timeout_s=abc",

@@ -48,8 +48,7 @@ s3://steadyhelm/runs?endpoint=http://{{ include "steadyhelm.name" . }}-s3.{{ .Re
 {{- $endpoint := regexFind "[?&]endpoint=[^&]*" .Values.s3.uri | trimPrefix "?" | trimPrefix "&" | trimPrefix "endpoint=" }}
 {{- if and $endpoint (not .Values.s3.embedded.enabled) }}
 {{- $host := index (splitList "/" (last (splitList "://" $endpoint))) 0 }}
-{{- $port := regexFind ":[0-9]{1,5}$" $host | trimPrefix ":" | default (ternary "80" "443" (hasPrefix "http://" $endpoint)) | int }}
-{{- if and (ge $port 1) (le $port 65535) }}{{ $port }}{{ end }}
+{{- regexFind ":[0-9]{1,5}$" $host | trimPrefix ":" | default (ternary "80" "443" (hasPrefix "http://" $endpoint)) }}
 {{- end }}
 {{- end }}
 
