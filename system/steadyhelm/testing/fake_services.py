@@ -34,7 +34,7 @@ from steadyhelm.services import Coming, Served, ShardOrder
 from steadyhelm.services.rollout.shards import put_shard
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.codec import decode_rewards, decode_rollout, encode_rewards
-from steadyhelm.telemetry.metrics import REWARD_MEAN
+from steadyhelm.telemetry.metrics import REWARD_MEAN, STALENESS_MEAN
 
 
 @dataclass(kw_only=True)
@@ -171,7 +171,8 @@ class FakeLearner:
         gain = sum(value for _, value in samples) / len(samples)
         self.number = self.number * 0.75 + gain / 8
         self.applied += [pid for pid, _ in samples]
-        return Served(value=None, metrics={"learner/loss": -gain})
+        ages = [manifest.iteration - 1 - oldest for shard in manifest.shards for oldest in shard.oldest_versions]
+        return Served(value=None, metrics={"learner/loss": -gain, STALENESS_MEAN: sum(ages) / len(ages)})
 
     async def publish(
         self, version: PolicyVersion, key: str, known: WeightsRecord | None = None
