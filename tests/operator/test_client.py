@@ -9,7 +9,7 @@ from typing import Any
 
 import kopf
 import pytest
-from steadyhelm.errors import RequestRefusedError, UnreachableError
+from steadyhelm.errors import RequestRefusedError, TokenRefusedError, UnreachableError
 from steadyhelm_operator.api import Attempt
 from steadyhelm_operator.client import ConflictError, Heads, Kubernetes, MissingError
 from steadyhelm_operator.state import ClusterView, Submit
@@ -192,6 +192,20 @@ def test_a_head_without_a_secret_is_out_of_reach_and_says_which(fake: tuple[Fake
     client._kubernetes.secrets.clear()
     found = client.view(CLUSTER, ATTEMPT, "digits")
     assert (found.reachable, found.refused, "Secret 'rl' in ns" in found.problem) == (False, True, True)
+
+
+
+def test_a_secret_that_is_no_token_is_out_of_reach_and_in_no_message(fake: tuple[FakeHeads, Heads]):
+    heads, client = fake
+    client._kubernetes.secrets["ns", "rl", "auth_token"] = "canary\nsecond"
+    with pytest.raises(TokenRefusedError) as caught:
+        client.submit(CLUSTER, REQUEST)
+    assert "canary" not in str(caught.value)
+    found = client.view(CLUSTER, ATTEMPT, "digits")
+    assert (found.reachable, found.refused, "canary" in found.problem) == (False, True, False)
+    assert "printable ASCII" in found.problem
+    client._kubernetes.secrets["ns", "rl", "auth_token"] = heads.token
+    assert client.view(CLUSTER, ATTEMPT, "digits").reachable
 
 
 def test_a_head_that_is_down_is_out_of_reach(fake: tuple[FakeHeads, Heads]):

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from steadyhelm.errors import ConfigError, RequestRefusedError, TokenRefusedError, UnreachableError
 from steadyhelm.jobs.head import API_PORT
+from steadyhelm.jobs.token import bearer
 from steadyhelm.jobs.wire import UpgradeRefusedError, WebSocket, exchange
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ class Jobs:
         timeout_s: deadline of a request.
 
     All methods raise UnreachableError where nobody answers or the cluster cannot now, TokenRefusedError, and
-    RequestRefusedError. Raises ConfigError for an address that is none.
+    RequestRefusedError. Raises ConfigError for an address that is none, TokenRefusedError for such a token.
     """
 
     def __init__(self, address: str, token: str = "", timeout_s: float = 10.0) -> None:
@@ -156,7 +157,7 @@ class Jobs:
                 f"{address!r} is no address of a Ray API: give http://host:port, its port is mostly {API_PORT}"
             )
         self._path = self._url.path.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = bearer(token)
         self._timeout_s = timeout_s
 
     def get(self, submission_id: str) -> Job | None:

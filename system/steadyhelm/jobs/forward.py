@@ -41,7 +41,7 @@ def secret_token(release: str, namespace: str = "") -> str:
     if not encoded:
         other = _read("raycluster", release, ".spec.authOptions.secretName", namespace)
         encoded = _read("secret", other, ".data." + TOKEN_KEY, namespace) if other else ""
-    return base64.b64decode(encoded).decode().strip()
+    return base64.b64decode(encoded).decode("utf-8", "replace").strip()
 
 
 def _read(kind: str, name: str, path: str, namespace: str) -> str:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from steadyhelm.errors import RequestRefusedError, TokenRefusedError, UnreachableError
+from steadyhelm.jobs.token import bearer
 from steadyhelm.jobs.wire import exchange
 from steadyhelm.telemetry.status import PATH, RunStatus
 
@@ -17,10 +18,9 @@ def read_status(address: str, token: str = "", timeout_s: float = 5.0) -> RunSta
 
     Raises UnreachableError where none does, TokenRefusedError, and RequestRefusedError for another answer.
     """
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         url = urlsplit(address)
-        status, body = exchange(url, "GET", url.path.rstrip("/") + PATH, None, headers, timeout_s)
+        status, body = exchange(url, "GET", url.path.rstrip("/") + PATH, None, bearer(token), timeout_s)
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(f"No driver serves its status at {address} ({error}).") from error
     if status in (401, 403):

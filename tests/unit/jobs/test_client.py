@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+import traceback
 import zipfile
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from steadyhelm.errors import ConfigError, RequestRefusedError, TokenRefusedError, UnreachableError
-from steadyhelm.jobs import Job, JobRequest, Jobs, api_token, entrypoint, submission_id
+from steadyhelm.jobs import Job, JobRequest, Jobs, api_token, entrypoint, read_status, submission_id
 from steadyhelm.jobs.client import _zipped
 
 from tests.unit.jobs.jobs_api import TOKEN, FakeCluster, serving
@@ -259,6 +260,19 @@ def test_the_token_is_where_ray_looks_for_it(tmp_path, monkeypatch: pytest.Monke
     assert api_token({"RAY_AUTH_MODE": "token"}) == "usual"
     assert api_token({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "given"}) == ""
     assert api_token({}) == ""
+
+
+
+@pytest.mark.parametrize("data", [b"canary\nsecond", b"canary \xe2\x82\xac", b"canary\xff", b"canary\x00"])
+def test_a_token_that_no_header_can_hold_is_refused_without_a_word_of_it(cluster: FakeCluster, tmp_path, data: bytes):
+    file = tmp_path / "token"
+    file.write_bytes(data)
+    token = api_token({}, file)
+    for ask in (lambda: Jobs(cluster.address, token), lambda: read_status(cluster.address, token)):
+        with pytest.raises(TokenRefusedError, match="not one line of printable ASCII") as caught:
+            ask()
+        assert "canary" not in "".join(traceback.format_exception(caught.value))
+    assert not cluster.asked
 
 
 def test_an_upload_that_is_too_large_for_the_cluster_is_refused(cluster: FakeCluster):

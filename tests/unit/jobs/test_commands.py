@@ -216,6 +216,10 @@ class TestSubmitting:
         (folder.parent / "token").write_text(TOKEN + "\n")
         assert steadyhelm(*command, "--detach", "--token-file", folder.parent / "token").exit_code == 0
         assert "cannot be read" in str(steadyhelm(*command, "--token-file", folder / "none").exception)
+        (folder.parent / "token").write_text(TOKEN + "\nsecond\n")
+        refused = steadyhelm(*command, "--token-file", folder.parent / "token")
+        assert isinstance(refused.exception, TokenRefusedError)
+        assert TOKEN not in refused.output + str(refused.exception)
 
 
 class TestLooking:
