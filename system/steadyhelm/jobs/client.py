@@ -202,32 +202,42 @@ class Jobs:
         """
         seen, pauses, answered = 0, doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S), time.monotonic()
         while True:
-            behind = seen
+            behind, heard = seen, False
+            broken: UnreachableError | None = None
             try:
                 for text in self._tail(submission_id):
-                    answered, pauses = time.monotonic(), doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+                    heard = True
                     fresh = text[behind:]
                     behind -= len(text) - len(fresh)
                     seen += len(fresh)
+                    if fresh or not text:
+                        answered, pauses = time.monotonic(), doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S)
                     if fresh:
                         yield fresh
+            except UnreachableError as error:  # the job may have ended all the same
+                broken = error
+            try:
                 job = self.get(submission_id)
                 rest = self.logs(submission_id)[seen:] if job is not None and job.ended else ""
-            except UnreachableError:
-                if time.monotonic() - answered > patience_s:
-                    raise
+            except UnreachableError as error:
+                broken = error
             else:
-                answered = time.monotonic()
+                if heard or broken is None:
+                    answered = time.monotonic()
                 if job is None:
                     raise RequestRefusedError(f"There is no job {submission_id!r} at {self.address}.")
                 if job.ended:
                     if rest:
                         yield rest
                     return
+            if broken is not None and time.monotonic() - answered > patience_s:
+                raise broken
             time.sleep(next(pauses))
 
     def _tail(self, submission_id: str) -> Iterator[str]:
-        """What the job writes, from its beginning, until the connection or the job ends. Raises UnreachableError."""
+        """What the job writes, from its beginning, until the connection or the job ends; an empty text now and then
+        where it writes nothing, yet lives. Raises UnreachableError.
+        """
         path = f"{self._path}/api/jobs/{quote(submission_id, safe='')}/logs/tail"
         try:
             listening = WebSocket(self._url, path, self._headers, self._timeout_s)
@@ -246,7 +256,7 @@ class Jobs:
                     job = self.get(submission_id)
                     if job is None or job.ended:
                         return
-                    continue
+                    text = ""
                 if text is None:
                     return
                 yield text

@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+import time
 import traceback
 import zipfile
 from collections.abc import Iterator
@@ -228,6 +229,55 @@ class TestFollowing:
         ends.start()
         assert "".join(jobs(cluster).follow("a.1")) == "all\n"
         ends.join()
+
+    def test_a_job_that_ended_is_seen_though_no_tail_is_closed_properly(self, cluster: FakeCluster):
+        cluster.add("a.1", "SUCCEEDED")
+        cluster.logs["a.1"] = "begin\nthe end\n"
+        cluster.cut_tail_after = [6] * 1000
+        assert "".join(jobs(cluster).follow("a.1", patience_s=60)) == "begin\nthe end\n"
+        assert len(cluster.cut_tail_after) > 990
+
+    def test_a_cluster_that_only_repeats_itself_is_left_after_a_while(self, cluster: FakeCluster):
+        cluster.add("a.1")
+        cluster.logs["a.1"] = "begin\n"
+        cluster.cut_tail_after = [6] * 1000
+        cluster.broken = lambda handler: handler.path.endswith("a.1") and handler.answer(503, "busy") is None
+        found = []
+        with pytest.raises(UnreachableError, match="busy"):
+            for piece in jobs(cluster).follow("a.1", patience_s=0.3):
+                found.append(piece)
+        assert found == ["begin\n"]
+
+    def test_a_quiet_job_behind_connections_that_break_is_followed_on(self, cluster: FakeCluster):
+        cluster.add("a.1")
+        cluster.logs["a.1"] = "begin\n"
+        cluster.cut_tail_after = [6] * 1000
+        ends = threading.Timer(0.6, cluster.end, ("a.1", "SUCCEEDED"))
+        ends.start()
+        assert "".join(jobs(cluster).follow("a.1", patience_s=0.3)) == "begin\n"
+        ends.join()
+
+    def test_a_log_that_was_quiet_for_long_survives_a_head_that_is_away(
+        self, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("steadyhelm.jobs.client.QUIET_S", 0.05)
+        cluster.add("a.1")
+        cluster.logs["a.1"] = "begin\n"
+        quiet_until = time.monotonic() + 0.8
+        away = [True] * 3
+
+        def breaks(handler: http.server.BaseHTTPRequestHandler) -> bool:
+            if time.monotonic() < quiet_until or not away:
+                return False
+            away.pop()
+            if not away:
+                cluster.end("a.1", "SUCCEEDED")
+            handler.answer(503, "away")
+            return True
+
+        cluster.broken = breaks
+        assert "".join(jobs(cluster).follow("a.1", patience_s=0.4)) == "begin\n"
+        assert not away
 
     def test_a_job_that_is_gone_is_said(self, cluster: FakeCluster):
         with pytest.raises(RequestRefusedError, match=r"There is no job 'a\.1'"):
