@@ -194,7 +194,6 @@ def test_a_head_without_a_secret_is_out_of_reach_and_says_which(fake: tuple[Fake
     assert (found.reachable, found.refused, "Secret 'rl' in ns" in found.problem) == (False, True, True)
 
 
-
 def test_a_secret_that_is_no_token_is_out_of_reach_and_in_no_message(fake: tuple[FakeHeads, Heads]):
     heads, client = fake
     client._kubernetes.secrets["ns", "rl", "auth_token"] = "canary\nsecond"

@@ -12,13 +12,15 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from steadyhelm.errors import ConfigError, RequestRefusedError, TokenRefusedError, UnreachableError
 from steadyhelm.jobs.head import API_PORT
 from steadyhelm.jobs.token import bearer
-from steadyhelm.jobs.wire import UpgradeRefusedError, WebSocket, exchange
+from steadyhelm.jobs.wire import UpgradeRefusedError, WebSocket, exchange, server
 
 T = TypeVar("T")
 JobState = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -31,6 +33,8 @@ PATIENCE_S = 300.0
 """How long a log is followed without an answer of the cluster: a head that is lost comes back."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Bounds of the pause before another try."""
+LATEST_MS = 253_402_300_799_000
+"""The end of the year 9999."""
 SLOW_S = 120.0
 """Deadline of what the cluster works for: an upload, a whole log, a job's start, which waits for its agent."""
 
@@ -56,18 +60,35 @@ class Job:
         return self.status in ENDED
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> Job:
-        """The job of an answer of the API."""
-        start, end = (answer.get(name) for name in ("start_time", "end_time"))
+    def of(cls, answer: Any) -> Job:
+        """The job of an answer of the API. Raises ValueError where it is none."""
+        found = _Answer.model_validate(answer)
         return cls(
-            submission_id=str(answer.get("submission_id") or ""),
-            status=answer["status"],
-            message=str(answer.get("message") or ""),
-            metadata={str(name): str(value) for name, value in (answer.get("metadata") or {}).items()},
-            start_time=start / 1000 if start else None,
-            end_time=end / 1000 if end else None,
-            driver_exit_code=answer.get("driver_exit_code"),
+            submission_id=found.submission_id or "",
+            status=found.status,
+            message=found.message or "",
+            metadata=found.metadata or {},
+            start_time=found.start_time / 1000 if found.start_time else None,
+            end_time=found.end_time / 1000 if found.end_time else None,
+            driver_exit_code=found.driver_exit_code,
         )
+
+
+Milliseconds = Annotated[float, Field(ge=0, le=LATEST_MS)]
+
+
+class _Answer(BaseModel):
+    """A job as the API tells it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    submission_id: str | None = None
+    status: JobState
+    message: str | None = None
+    metadata: dict[str, str] | None = None
+    start_time: Milliseconds | None = None
+    end_time: Milliseconds | None = None
+    driver_exit_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,15 +168,12 @@ class Jobs:
 
     def __init__(self, address: str, token: str = "", timeout_s: float = 10.0) -> None:
         self.address = address.rstrip("/")
-        self._url = urlsplit(self.address)
         try:
-            right = self._url.scheme in ("http", "https") and bool(self._url.hostname) and self._url.port != 0
+            self._url = server(self.address)
         except ValueError:
-            right = False
-        if not right:
             raise ConfigError(
                 f"{address!r} is no address of a Ray API: give http://host:port, its port is mostly {API_PORT}"
-            )
+            ) from None
         self._path = self._url.path.rstrip("/")
         self._headers = bearer(token)
         self._timeout_s = timeout_s
@@ -163,7 +181,7 @@ class Jobs:
     def get(self, submission_id: str) -> Job | None:
         """The job of that id; None where there is none."""
         status, body = self._ask("GET", f"/api/jobs/{quote(submission_id, safe='')}", missing=True)
-        return None if status == 404 else Job.of(self._json(body))
+        return None if status == 404 else self._job(self._json(body, dict))
 
     def submit(self, request: JobRequest) -> Job:
         """The job of ``request``: the one that is there under its id, or a new one."""
@@ -183,7 +201,7 @@ class Jobs:
     def stop(self, submission_id: str) -> bool:
         """Has the job's process told to end (SIGTERM); returns at once, and whether there was one to tell."""
         _, body = self._ask("POST", f"/api/jobs/{quote(submission_id, safe='')}/stop")
-        return bool(self._json(body).get("stopped"))
+        return bool(self._json(body, dict).get("stopped"))
 
     def delete(self, submission_id: str) -> None:
         """Makes the cluster forget a job that has ended; one that is not there is forgotten already."""
@@ -192,7 +210,7 @@ class Jobs:
     def logs(self, submission_id: str) -> str:
         """What the job has written so far."""
         _, body = self._ask("GET", f"/api/jobs/{quote(submission_id, safe='')}/logs", deadline_s=SLOW_S)
-        return str(self._json(body).get("logs") or "")
+        return str(self._json(body, dict).get("logs") or "")
 
     def follow(self, submission_id: str, patience_s: float = PATIENCE_S) -> Iterator[str]:
         """Yields what the job writes, from its beginning to its end; each character once, whatever breaks meanwhile.
@@ -281,7 +299,8 @@ class Jobs:
     def list(self) -> Sequence[Job]:
         """All jobs that were submitted by this API, oldest first."""
         _, body = self._ask("GET", "/api/jobs/")
-        found = [Job.of(job) for job in self._json(body) if job.get("submission_id")]
+        all_jobs = self._json(body, list)
+        found = [self._job(job) for job in all_jobs if not isinstance(job, dict) or job.get("submission_id")]
         return sorted(found, key=lambda job: job.start_time or 0.0)
 
     def _ask(
@@ -317,11 +336,23 @@ class Jobs:
             raise UnreachableError(text, FIRST_PAUSE_S)
         raise RequestRefusedError(text)
 
-    def _json(self, body: bytes) -> Any:
+    def _json(self, body: bytes, kind: type[T]) -> T:
         try:
-            return json.loads(body)
+            found = json.loads(body)
         except ValueError as error:
-            raise RequestRefusedError(f"{self.address} does not answer as a Ray API: give the dashboard's.") from error
+            raise self._strange() from error
+        if not isinstance(found, kind):
+            raise self._strange()
+        return found
+
+    def _job(self, answer: Any) -> Job:
+        try:
+            return Job.of(answer)
+        except ValueError as error:
+            raise self._strange() from error
+
+    def _strange(self) -> RequestRefusedError:
+        return RequestRefusedError(f"{self.address} does not answer as a Ray API: give the dashboard's.")
 
 
 def _words(error: Exception) -> str:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import http.client
-from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from steadyhelm.errors import RequestRefusedError, TokenRefusedError, UnreachableError
+from steadyhelm.errors import ConfigError, RequestRefusedError, TokenRefusedError, UnreachableError
+from steadyhelm.jobs.head import STATUS_PORT
 from steadyhelm.jobs.token import bearer
-from steadyhelm.jobs.wire import exchange
+from steadyhelm.jobs.wire import exchange, server
 from steadyhelm.telemetry.status import PATH, RunStatus
 
 
 def read_status(address: str, token: str = "", timeout_s: float = 5.0) -> RunStatus:
     """What the driver that serves at ``address`` (``http://host:8266``) answers.
 
-    Raises UnreachableError where none does, TokenRefusedError, and RequestRefusedError for another answer.
+    Raises UnreachableError where none does, TokenRefusedError, RequestRefusedError for another answer, and ConfigError
+    for an address that is none.
     """
     try:
-        url = urlsplit(address)
+        url = server(address)
+    except ValueError:
+        raise ConfigError(
+            f"{address!r} is no address of a driver's status: give http://host:port, its port is mostly {STATUS_PORT}"
+        ) from None
+    try:
         status, body = exchange(url, "GET", url.path.rstrip("/") + PATH, None, bearer(token), timeout_s)
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(f"No driver serves its status at {address} ({error}).") from error

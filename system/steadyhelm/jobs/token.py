@@ -30,7 +30,7 @@ def api_token(environment: Mapping[str, str], file: Path | None = None) -> str:
 def bearer(token: str) -> dict[str, str]:
     """The headers that show the token; none where it is empty.
 
-    Raises TokenRefusedError, with not a letter of it, where it is not printable ASCII on one line, as a header has to be.
+    Raises TokenRefusedError, with not a letter of it, where it is not one line of printable ASCII, as a header is.
     """
     if not (token.isascii() and token.isprintable()):
         raise TokenRefusedError(

@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from typing import Final
-from urllib.parse import SplitResult
+from urllib.parse import SplitResult, urlsplit
 
 CHUNK = 1 << 16
 """Bytes that are read at once."""
@@ -28,6 +28,15 @@ class UpgradeRefusedError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"HTTP {status}")
         self.status, self.text = status, text
+
+
+def server(address: str) -> SplitResult:
+    """The parts of ``address``, ``http://host:port`` (https too). Raises ValueError where it is none."""
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or not url.path.isascii():
+        raise ValueError(f"{address!r} is no address of an HTTP server")
+    url.hostname.encode("idna")  # a UnicodeError is a ValueError
+    return url
 
 
 def exchange(

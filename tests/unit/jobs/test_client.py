@@ -142,10 +142,42 @@ def test_what_is_no_ray_api_is_told_apart(cluster: FakeCluster):
         jobs(cluster).list()
 
 
-@pytest.mark.parametrize("address", ["head:8265", "", "http://", "ray://head:10001", "http://head:x", "http://head:0"])
+JOB = {"submission_id": "a.1", "status": "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, [1], {"a": 1}, {"submission_id": "a.1"}, 7]
+    + [JOB | more for more in ({"status": "LIMBO"}, {"metadata": []}, {"metadata": {"run": 1}}, {"start_time": "now"},
+       {"start_time": 1e300}, {"end_time": float("nan")}, {"driver_exit_code": "1"}, {"message": {}})],
+)  # fmt: skip
+def test_an_answer_of_another_form_is_no_ray_api_s(cluster: FakeCluster, answer: object):
+    cluster.broken = lambda handler: handler.answer(200, answer) is None
+    client = jobs(cluster)
+    asked = [lambda: client.get("a.1"), lambda: client.submit(REQUEST)]
+    if not isinstance(answer, dict):
+        asked += [lambda: client.stop("a.1"), lambda: client.logs("a.1")]
+    for ask in asked:
+        with pytest.raises(RequestRefusedError, match="does not answer as a Ray API"):
+            ask()
+    cluster.broken = lambda handler: handler.answer(200, [answer] if isinstance(answer, dict) else answer) is None
+    if answer != {"a": 1}:  # which has no submission id, as what others drive
+        with pytest.raises(RequestRefusedError, match="does not answer as a Ray API"):
+            client.list()
+
+
+NO_ADDRESSES = [
+    "head:8265", "", "http://", "ray://head:10001", "http://head:x", "http://head:0", "http://head:99999",
+    "http://[::1", "http://a..b:8265", "http://head/ä",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
 def test_an_address_that_is_none_is_a_wrong_input(address: str):
     with pytest.raises(ConfigError, match="is no address of a Ray API"):
         Jobs(address)
+    with pytest.raises(ConfigError, match="is no address of a driver's status"):
+        read_status(address)
 
 
 def test_jobs_are_listed_oldest_first_without_drivers_of_others(cluster: FakeCluster):
@@ -242,11 +274,10 @@ class TestFollowing:
         cluster.logs["a.1"] = "begin\n"
         cluster.cut_tail_after = [6] * 1000
         cluster.broken = lambda handler: handler.path.endswith("a.1") and handler.answer(503, "busy") is None
-        found = []
+        found = jobs(cluster).follow("a.1", patience_s=0.3)
+        assert next(found) == "begin\n"
         with pytest.raises(UnreachableError, match="busy"):
-            for piece in jobs(cluster).follow("a.1", patience_s=0.3):
-                found.append(piece)
-        assert found == ["begin\n"]
+            next(found)
 
     def test_a_quiet_job_behind_connections_that_break_is_followed_on(self, cluster: FakeCluster):
         cluster.add("a.1")
@@ -310,7 +341,6 @@ def test_the_token_is_where_ray_looks_for_it(tmp_path, monkeypatch: pytest.Monke
     assert api_token({"RAY_AUTH_MODE": "token"}) == "usual"
     assert api_token({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "given"}) == ""
     assert api_token({}) == ""
-
 
 
 @pytest.mark.parametrize("data", [b"canary\nsecond", b"canary \xe2\x82\xac", b"canary\xff", b"canary\x00"])

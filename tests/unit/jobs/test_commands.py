@@ -261,6 +261,12 @@ class TestLooking:
         cluster.logs["digits.1"] = told.model_copy(update={"phase": "failed"}).line()
         assert "failed, iteration 12 of 60" in steadyhelm("status", "digits.1", *where).stdout
 
+    def test_a_status_address_that_is_none_is_said(self, cluster: FakeCluster):
+        cluster.add("digits.1", metadata={"run": "digits"})
+        for address in ("http://[::1", "http://head:99999"):
+            done = steadyhelm("status", "digits", "--address", cluster.address, "--status-address", address)
+            assert f"its driver says nothing: {address!r} is no address of a driver's status" in done.stdout
+
     def test_the_status_of_another_run_on_the_same_head_is_not_taken_for_its_own(self, cluster: FakeCluster):
         cluster.add("digits.1", metadata={"run": "digits"})
         port, end = serve_status(lambda: RunStatus(run="other", submission_id="other.1"), "127.0.0.1", 0, TOKEN)
