@@ -82,9 +82,11 @@ def submit(
     from steadyhelm.config.run import Store
     from steadyhelm.jobs import entrypoint, patiently, runs
     from steadyhelm.jobs.folder import folder_files
+    from steadyhelm.store.layout import RunLayout
 
     run_file = _checked(file, sets or ())
     run = run_id or run_file.default_id
+    RunLayout(run)  # raises here what the driver would raise there
     folder = file.resolve().parent
     files = folder_files(folder, leave_out=[folder / Store().uri, Path(run_file.store.uri)])
     command = entrypoint(file.name, run, sets=sets or (), take_over=take_over, accept_changes=accept_changes)
@@ -176,7 +178,11 @@ def stop(
             if time.monotonic() > ends:
                 raise DeadlineError(f"Job {job.submission_id} was told to stop and has not ended within {wait:g} s.")
             time.sleep(POLL_S)
-            job = cluster.jobs.get(job.submission_id) or job
+            found = cluster.jobs.get(job.submission_id)
+            if found is None:
+                typer.echo(f"job {job.submission_id} is gone: the cluster's head was replaced, and its driver with it")
+                return
+            job = found
     typer.echo(_job_line(job) if wait else f"job {job.submission_id} was told to stop")
 
 

@@ -9,6 +9,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import psutil
@@ -195,6 +196,13 @@ class TestSubmitting:
         assert exit_code(refused.exception) == 2
         assert not cluster.asked
 
+    @pytest.mark.parametrize("name", ["../x", "a b", "a/b", "Ä", "images", "x" * 300])
+    def test_an_id_that_no_run_can_have_is_not_sent(self, cluster: FakeCluster, folder: Path, name: str):
+        refused = steadyhelm("submit", folder / "run.yaml", "--address", cluster.address, "--detach", "--id", name)
+        assert "a run cannot be called" in str(refused.exception)
+        assert exit_code(refused.exception) == 2
+        assert not cluster.asked
+
     def test_a_folder_of_data_is_not_sent(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("steadyhelm.jobs.folder.LARGEST_BYTES", 1 << 20)
         (folder / "data.bin").write_bytes(bytes(1 << 20))
@@ -322,6 +330,18 @@ class TestLooking:
         assert "a  stopped  job a.1" in steadyhelm("stop", "a", "--address", cluster.address).stdout
         cluster.add("b.1", metadata={"run": "b"})
         assert "told to stop" in steadyhelm("stop", "b", "--wait", "0", "--address", cluster.address).stdout
+
+    def test_a_run_whose_job_goes_with_its_head_is_stopped(self, cluster: FakeCluster):
+        def goes(handler: BaseHTTPRequestHandler) -> bool:
+            if handler.path.endswith("/stop"):
+                handler.answer(200, {"stopped": True})
+                cluster.jobs.clear()
+            return handler.path.endswith("/stop")
+
+        cluster.add("a.1", metadata={"run": "a"})
+        cluster.broken = goes
+        done = steadyhelm("stop", "a", "--wait", "5", "--address", cluster.address)
+        assert (done.exit_code, "job a.1 is gone" in done.stdout) == (0, True)
 
     def test_a_run_that_is_not_there_is_said_with_those_that_are(self, cluster: FakeCluster):
         cluster.add("a.1", metadata={"run": "a"})
