@@ -26,7 +26,14 @@ from typing import Any, Literal
 from steadyhelm.telemetry.status import RunStatus
 
 from steadyhelm_operator.api import Attempt, Checkpoint, Cleanup, Condition, Outcome, Phase, Rollouts, Spec, Status
-from steadyhelm_operator.resources import ray_cluster, run_id, submission, submission_id, template_checksum
+from steadyhelm_operator.resources import (
+    EXIT_WRONG_INPUT,
+    ray_cluster,
+    run_id,
+    submission,
+    submission_id,
+    template_checksum,
+)
 from steadyhelm_operator.state import (
     Action,
     ClusterView,
@@ -62,8 +69,6 @@ HELD = "RunHeld"
 """Reason of an attempt that found the driver of somebody else at the run and left it alone; the next one does too."""
 INFRASTRUCTURE = frozenset({"NoCapacity", "ClusterUnreachable", "StoreUnreachable", "Stopped"})
 """Reasons that are none of the run's doing; such an attempt is lost and does not count."""
-EXIT_WRONG_INPUT = 2
-"""Exit code of ``steadyhelm run`` where what was given is wrong."""
 STOPPED = {
     "Suspended": "the run was suspended",
     "RunFileChanged": "the run file has changed",

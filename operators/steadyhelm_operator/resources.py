@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from steadyhelm import jobs
 from steadyhelm.config.load import code_references, validate
+from steadyhelm.config.place import check_lasting, check_run_id
 from steadyhelm.config.source import Source, dotted
 from steadyhelm.errors import ConfigError
 
@@ -32,12 +33,15 @@ RUN_FILE = "run.yaml"
 """Name of the run file in what is shipped to the cluster."""
 STORE_VARIABLE = "STEADYHELM_STORE_URI"
 """Environment variable of the cluster's pods that names the store of runs."""
+STORELESS = "the run has no store: set spec.run.store.uri, or s3.uri of the cluster's chart"
+EXIT_WRONG_INPUT = 2
+"""Exit code of ``steadyhelm run`` where what was given is wrong."""
 
 
 def desired(body: Mapping[str, Any]) -> Desired:
     """A TrainingRun as the API server holds it. A spec that describes no run is not an error here but said."""
     metadata = body["metadata"]
-    spec, problem = _spec(body.get("spec") or {})
+    spec, problem = _spec(body.get("spec") or {}, metadata["name"])
     return Desired(
         name=metadata["name"],
         namespace=metadata["namespace"],
@@ -53,11 +57,14 @@ def desired(body: Mapping[str, Any]) -> Desired:
     )
 
 
-def _spec(raw: Mapping[str, Any]) -> tuple[Spec | None, str]:
-    """The spec, or what is wrong with it in the words of ``steadyhelm validate``."""
+def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
+    """The spec, or what is wrong with it in the words of ``steadyhelm validate``; ``name`` is the TrainingRun's."""
     try:
         validate(Source(name="spec.run", value=raw.get("run") or {}, lines={}))
         found = Spec.model_validate_json(json.dumps(raw), strict=True)
+        check_run_id(found.id or name)
+        if _names_store(raw):
+            check_lasting(found.run.store.uri)
     except ConfigError as error:
         return None, str(error)
     except ValidationError as error:
@@ -74,6 +81,10 @@ def _spec(raw: Mapping[str, Any]) -> tuple[Spec | None, str]:
     if size > PAYLOAD_BYTES:
         return None, f"spec.run and spec.files have {size} bytes, at most {PAYLOAD_BYTES} can be shipped: use an image"
     return found, ""
+
+
+def _names_store(raw: Mapping[str, Any]) -> bool:
+    return "uri" in ((raw.get("run") or {}).get("store") or {})
 
 
 def shipped(spec: Mapping[str, Any]) -> dict[str, bytes]:
@@ -113,8 +124,9 @@ def submission(run: Desired, attempt: int, raw: Mapping[str, Any], *, take_over:
         changed: whether the run began under another spec.
     """
     line = jobs.entrypoint(RUN_FILE, run_id(run), take_over=take_over, accept_changes=changed)
-    if "uri" not in ((raw.get("run") or {}).get("store") or {}):
-        line += f' ${{{STORE_VARIABLE}:+--set "store.uri=${STORE_VARIABLE}"}}'
+    if not _names_store(raw):  # the default would be a folder that goes away with the job
+        missing = f'echo "{STORELESS}" >&2; exit {EXIT_WRONG_INPUT}'
+        line = f'[ "${STORE_VARIABLE}" ] || {{ {missing}; }}; {line} --set "store.uri=${STORE_VARIABLE}"'
     return Submit(
         submission_id=submission_id(run, attempt),
         entrypoint=line,

@@ -79,14 +79,14 @@ def submit(
 
     The same command again goes on with the run, or follows it where it runs already. The exit code is the run's.
     """
+    from steadyhelm.config.place import check_run_id
     from steadyhelm.config.run import Store
     from steadyhelm.jobs import entrypoint, patiently, runs
     from steadyhelm.jobs.folder import folder_files
-    from steadyhelm.store.layout import RunLayout
 
     run_file = _checked(file, sets or ())
     run = run_id or run_file.default_id
-    RunLayout(run)  # raises here what the driver would raise there
+    check_run_id(run)  # rather here than by the driver there
     folder = file.resolve().parent
     files = folder_files(folder, leave_out=[folder / Store().uri, Path(run_file.store.uri)])
     command = entrypoint(file.name, run, sets=sets or (), take_over=take_over, accept_changes=accept_changes)
@@ -221,6 +221,7 @@ def add_to(app: typer.Typer) -> None:
 def _checked(file: Path, sets: Sequence[str]) -> RunFile:
     """The run file, where a cluster can run it. Raises ConfigError."""
     from steadyhelm.config.load import code_references, load_run_file
+    from steadyhelm.config.place import check_lasting
     from steadyhelm.config.source import dotted
     from steadyhelm.errors import ConfigError
 
@@ -232,12 +233,10 @@ def _checked(file: Path, sets: Sequence[str]) -> RunFile:
             raise ConfigError(
                 f"{file}: {dotted(place)} is {reference!r}, but only {folder} is sent: move the code there"
             )
-    store = run_file.store.uri
-    if "://" not in store and not Path(store).is_absolute():
-        raise ConfigError(
-            f"{file}: store.uri is {store!r}, a folder that would go away with the job: name a place that all nodes "
-            "reach, s3://… or the absolute path of a shared folder (--set store.uri=…)"
-        )
+    try:
+        check_lasting(run_file.store.uri)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error} (--set store.uri=…)") from None
     return run_file
 
 

@@ -128,8 +128,9 @@ def test_the_driver_is_told_the_run_and_where_the_store_is():
     world.look()
     (request,) = world.look().actions
     assert request.entrypoint == (
-        "exec steadyhelm run run.yaml --id digits --address auto --log-format json"
-        ' ${STEADYHELM_STORE_URI:+--set "store.uri=$STEADYHELM_STORE_URI"}'
+        '[ "$STEADYHELM_STORE_URI" ] || { echo "the run has no store: set spec.run.store.uri, or s3.uri of the '
+        "cluster's chart\" >&2; exit 2; }; exec steadyhelm run run.yaml --id digits --address auto --log-format json"
+        ' --set "store.uri=$STEADYHELM_STORE_URI"'
     )
     assert set(request.files) == {"run.yaml", "task.py"}
     assert request.files["task.py"] == b"x = 1\n"
@@ -143,6 +144,14 @@ def test_a_run_file_that_names_its_store_is_believed():
     (request,) = world.look().actions
     assert request.entrypoint == "exec steadyhelm run run.yaml --id mine --address auto --log-format json"
     assert request.submission_id == "mine.uidofdig.1"
+
+
+def test_a_run_without_a_store_fails_once_and_says_so():
+    world = running(shared())
+    world.driver_ends("FAILED", 2, "failed with exit code 2, last available logs:\nthe run has no store: set …")
+    world.settle()
+    assert (world.status.phase, world.status.reason, world.status.attempt) == ("Failed", "BadRunFile", 1)
+    assert world.status.message == "the run has no store: set …"
 
 
 # ---- on the way ----
@@ -422,7 +431,7 @@ def test_a_resubmission_takes_the_run_over():
     world = running(shared(failurePolicy={"backoffSeconds": 0}))
     world.driver_ends("FAILED", 1)
     world.look()
-    assert world.look().actions[0].entrypoint.split(" $")[0].endswith("--log-format json --take-over")
+    assert world.look().actions[0].entrypoint.split(" --set")[0].endswith("--log-format json --take-over")
 
 
 def test_a_lost_head_is_waited_for_and_does_not_count():

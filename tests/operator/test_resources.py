@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,39 @@ def test_code_is_beside_the_run_file_or_in_the_image():
         "by its whole path"
     )
     assert resources.desired(training_run(run_file(model={"factory": "/opt/code/there.py:model"}))).problem == ""
+
+
+@pytest.mark.parametrize("uri", ["runs", "./runs", "../runs", "~/runs"])
+def test_a_store_that_would_go_away_with_the_job_is_refused(uri: str):
+    found = resources.desired(training_run(run_file(store={"uri": uri})))
+    assert found.spec is None
+    assert f"store.uri is {uri!r}, a folder that would go away with the job" in found.problem
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/runs", "/shared/runs", "file:///shared/runs"])
+def test_a_store_that_all_nodes_reach_is_taken(uri: str):
+    assert resources.desired(training_run(run_file(store={"uri": uri}))).problem == ""
+
+
+def test_a_run_without_a_store_gets_the_cluster_s_or_does_not_begin(tmp_path: Path):
+    (tmp_path / "steadyhelm").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "steadyhelm").chmod(0o755)
+    body = training_run()
+    line = resources.submission(resources.desired(body), 1, body["spec"], take_over=False, changed=False).entrypoint
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    given = [path, path | {"STEADYHELM_STORE_URI": ""}, path | {"STEADYHELM_STORE_URI": "s3://b/r?a=1&b=2"}]
+    done = [subprocess.run(["/bin/sh", "-c", line], env=env, capture_output=True, text=True) for env in given]
+    assert [found.returncode for found in done] == [2, 2, 0]
+    assert done[0].stdout == done[1].stdout == ""
+    assert done[0].stderr == "the run has no store: set spec.run.store.uri, or s3.uri of the cluster's chart\n"
+    assert done[2].stdout.endswith("--set store.uri=s3://b/r?a=1&b=2\n")
+
+
+def test_a_run_has_an_id_that_its_store_can_hold():
+    named = resources.desired(training_run(name="images"))
+    assert "a run cannot be called 'images'" in named.problem
+    assert "a run cannot be called 'images'" in resources.desired(training_run(id="images")).problem
+    assert resources.desired(training_run(name="images", id="pictures")).problem == ""
 
 
 def test_what_is_shipped_has_a_bound():

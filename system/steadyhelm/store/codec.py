@@ -21,10 +21,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from steadyhelm.config.place import IMAGES
 from steadyhelm.data.types import FinishReason, ImageKey, Prompt, PromptId, Rewards, Trajectory
 from steadyhelm.errors import DataError
 from steadyhelm.store.columns import Array, Column, Columns, Pieces, broken, narrow, offsets, pack, unpack
-from steadyhelm.store.layout import IMAGES
 
 _FINISH = tuple(FinishReason)
 _HASHED = re.compile(rf"{IMAGES}/([0-9a-f]{{64}})")

@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from steadyhelm.config.place import IMAGES
 from steadyhelm.data.types import ImageKey
 from steadyhelm.errors import CorruptObjectError, ObjectMissingError
 from steadyhelm.store import ObjectStore
-from steadyhelm.store.layout import IMAGES, image_key
+from steadyhelm.store.layout import image_key
 
 WRITERS = 16
 """Images that are put at a time."""

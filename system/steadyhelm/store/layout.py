@@ -24,14 +24,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from steadyhelm.config.place import IMAGES, check_run_id
 from steadyhelm.data.types import ImageKey, PolicyVersion
-from steadyhelm.errors import ConfigError, StoreError
+from steadyhelm.errors import StoreError
 
 ShardKind = Literal["rollout", "reference", "reward"]
 """What a shard holds: trajectories, log-probs of the frozen model, or scores."""
-
-IMAGES = "images"
-"""The folder of images, beside the runs."""
 
 _SHARD = re.compile(r"(batches|eval)/(\d{6,})/(\d+)-(\d{4,})\.(rollout|reference|reward)")
 _VERSION = re.compile(r"(?:weights|checkpoints)/(\d{6,})\.(\d+)(?:/.*)?")
@@ -61,11 +59,7 @@ class RunLayout:
     run: str
 
     def __post_init__(self) -> None:
-        if self.run == IMAGES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run):
-            raise ConfigError(
-                f"a run cannot be called {self.run!r}: use letters, digits, '.', '_' and '-', at most 100, and not "
-                f"{IMAGES!r}"
-            )
+        check_run_id(self.run)
 
     @property
     def run_file(self) -> str:
