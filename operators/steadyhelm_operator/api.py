@@ -83,13 +83,9 @@ class Cleanup(Resource):
     longer waits for a head that does not answer."""
 
 
-class Spec(Resource):
-    """What should run, where, and what happens when it fails."""
+class Frame(Resource):
+    """What a spec says beside the run. It holds where the run file is wrong, too."""
 
-    run: RunFile
-    """The run file. A change stops the driver at a checkpoint and goes on under the new one."""
-    files: Annotated[Mapping[str, str], Field(max_length=64)] = {}
-    """Text files beside the run file, by name: the task's code that the run file names as `file.py:name`."""
     id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$", max_length=63)] | None = None
     """Id of the run in the store; the TrainingRun's name if it is left out. A run that is there already goes on."""
     cluster: Cluster
@@ -100,6 +96,15 @@ class Spec(Resource):
     """What failures cost."""
     cleanup: Cleanup = Cleanup()
     """What goes when the run has ended."""
+
+
+class Spec(Frame):
+    """What should run, where, and what happens when it fails."""
+
+    run: RunFile
+    """The run file. A change stops the driver at a checkpoint and goes on under the new one."""
+    files: Annotated[Mapping[str, str], Field(max_length=64)] = {}
+    """Text files beside the run file, by name: the task's code that the run file names as `file.py:name`."""
 
 
 Phase = Literal[

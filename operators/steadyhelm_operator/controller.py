@@ -240,7 +240,7 @@ class Controller:
         if not run.held:
             return Observed()  # the finalizer comes first, whatever there is
         status = run.status
-        given = run.spec.cluster if run.spec else None
+        given = run.frame.cluster if run.frame else None
         called = resources.cluster_name(run, given) if given else status.cluster
         makes = given is not None and given.template is not None and run.deleting_since is None
         asks = bool(status.cluster_uid) or not makes

@@ -25,7 +25,18 @@ from typing import Any, Literal
 
 from steadyhelm.telemetry.status import RunStatus
 
-from steadyhelm_operator.api import Attempt, Checkpoint, Cleanup, Condition, Outcome, Phase, Rollouts, Spec, Status
+from steadyhelm_operator.api import (
+    Attempt,
+    Checkpoint,
+    Cleanup,
+    Condition,
+    Frame,
+    Outcome,
+    Phase,
+    Rollouts,
+    Spec,
+    Status,
+)
 from steadyhelm_operator.resources import (
     EXIT_WRONG_INPUT,
     ray_cluster,
@@ -246,7 +257,7 @@ class _Look:
         restarts = (0 if went_on else self.status.restarts) + 1
         if outcome in ("Succeeded", "Stopped"):
             failures, restarts = (0 if outcome == "Succeeded" else failures), 0
-        policy = self.desired.spec.failure_policy if self.desired.spec else None
+        policy = self.desired.frame.failure_policy if self.desired.frame else None
         wait_s = 0.0
         if policy is not None and restarts:
             longest = min(policy.backoff_seconds * 2.0 ** min(restarts - 1, 30), policy.max_backoff_seconds)
@@ -265,15 +276,27 @@ class _Look:
     # ---- what is to be done ----
 
     def refuse(self) -> None:
-        """The spec describes no run. A driver that works goes on under the spec that it began with."""
+        """The spec describes no run. A driver that works goes on under the spec that it began with; no other begins.
+
+        Suspending and cleaning up hold all the same.
+        """
         self.absorb()
-        problem = self.desired.problem
+        problem, frame, head = self.desired.problem, self.desired.frame, self.seen.head
         self.condition("Accepted", False, "BadRunFile", problem)
+        if self.alive is not None and not self.alive.submitted and head is not None and head.reachable:
+            self.end("Stopped", "BadRunFile", "its driver had not begun")
+        if frame is not None and frame.suspend:
+            return self.suspend(frame)
         if self.alive is not None:
-            self.say("Running", "BadRunFile", f"goes on under the spec before this one: {problem}", POLL_S)
-            return
+            begun = self.alive.submitted
+            text = "goes on under the spec before this one" if begun else self.silence()
+            return self.say("Running" if begun else "Starting", "BadRunFile", f"{text}: {problem}", POLL_S)
         self.condition("Progressing", False, "BadRunFile", problem)
         self.say("Failed", "BadRunFile", problem)
+        if frame is not None:
+            last = self.status.last
+            self.clean_up(frame.cleanup, succeeded=last is not None and last.outcome == "Succeeded")
+        return None
 
     def advance(self, spec: Spec) -> None:
         """Brings the run closer to its spec."""
@@ -303,10 +326,13 @@ class _Look:
         if succeeded:
             self.condition("Complete", True, reason, "")
         self.condition("Progressing", False, reason, text)
+        self.say("Succeeded" if succeeded else "Failed", reason, text)
+        self.clean_up(spec.cleanup, succeeded=succeeded)
+
+    def clean_up(self, policy: Cleanup, *, succeeded: bool) -> None:
+        """Deletes the run's own cluster a while after the end, where it is to go."""
         if not self.status.finished_at:
             self.set(finished_at=stamp(self.now))
-        self.say("Succeeded" if succeeded else "Failed", reason, text)
-        policy = spec.cleanup
         goes = policy.cluster == "Delete" or (policy.cluster == "DeleteOnSuccess" and succeeded)
         if self.own is None or not goes or self.own.deleting:
             return
@@ -331,7 +357,7 @@ class _Look:
         else:
             self.end("Stopped", why, "its driver had not begun")  # the head answers and knows no such job
 
-    def suspend(self, spec: Spec) -> None:
+    def suspend(self, spec: Frame) -> None:
         """Driver first, then the nodes."""
         if self.alive is not None:
             self.stop(self.alive, "Suspended")
@@ -518,7 +544,7 @@ class _Look:
             return None
         self.absorb()
         since = self.desired.deleting_since or self.now
-        cleanup = self.desired.spec.cleanup if self.desired.spec else Cleanup()
+        cleanup = self.desired.frame.cleanup if self.desired.frame else Cleanup()
         waited_s = (self.now - since).total_seconds()
         patient = waited_s < cleanup.stop_grace_seconds
         attempt = self.alive

@@ -16,7 +16,7 @@ from steadyhelm.config.place import check_lasting, check_run_id
 from steadyhelm.config.source import Source, dotted
 from steadyhelm.errors import ConfigError
 
-from steadyhelm_operator.api import API_VERSION, FINALIZER, KIND, PAYLOAD_BYTES, Cluster, Spec, parse_status
+from steadyhelm_operator.api import API_VERSION, FINALIZER, KIND, PAYLOAD_BYTES, Cluster, Frame, Spec, parse_status
 from steadyhelm_operator.state import (
     QUEUE_LABEL,
     TEMPLATE_ANNOTATION,
@@ -49,6 +49,7 @@ def desired(body: Mapping[str, Any]) -> Desired:
         generation=metadata.get("generation", 0),
         version=metadata.get("resourceVersion", ""),
         spec=spec,
+        frame=spec or _frame(body.get("spec") or {}),
         problem=problem,
         status=parse_status(body.get("status")),
         held=FINALIZER in metadata.get("finalizers", ()),
@@ -83,6 +84,14 @@ def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
     return found, ""
 
 
+def _frame(raw: Mapping[str, Any]) -> Frame | None:
+    beside = {name: value for name, value in raw.items() if name not in ("run", "files")}
+    try:
+        return Frame.model_validate_json(json.dumps(beside), strict=True)
+    except ValidationError:
+        return None
+
+
 def _names_store(raw: Mapping[str, Any]) -> bool:
     return "uri" in ((raw.get("run") or {}).get("store") or {})
 
@@ -105,7 +114,7 @@ def checksum(value: Any) -> str:
 
 def run_id(run: Desired) -> str:
     """Id of the run in the store."""
-    return (run.spec.id if run.spec else None) or run.name
+    return (run.frame.id if run.frame else None) or run.name
 
 
 def submission_id(run: Desired, attempt: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from steadyhelm.jobs import ENDED, JobState
 from steadyhelm.telemetry.status import RunStatus
 
-from steadyhelm_operator.api import Spec, Status
+from steadyhelm_operator.api import Frame, Spec, Status
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """Where it is set, Kueue decides on ``spec.suspend`` of the RayCluster, and nobody else may write it."""
@@ -24,6 +24,7 @@ class Desired:
     Attributes:
         name, namespace, uid, generation, version: of its metadata; ``version`` is the resourceVersion.
         spec: None where it describes no run; ``problem`` then says why.
+        frame: what it says beside the run; None where that cannot be read either.
         status: what was last written.
         held: whether the finalizer is there.
         deleting_since: when its deletion was asked for; None while it is wanted.
@@ -36,6 +37,7 @@ class Desired:
     generation: int
     version: str
     spec: Spec | None
+    frame: Frame | None = None
     problem: str = ""
     status: Status
     held: bool

@@ -660,6 +660,51 @@ def test_a_spec_that_becomes_wrong_leaves_the_driver_alone_and_says_so():
     assert (world.status.phase, world.status.reason, len(world.live)) == ("Running", "BadRunFile", 1)
 
 
+WRONG = run_file(learner={"train_batch": 100_000})
+
+
+def test_a_spec_that_becomes_wrong_before_its_driver_began_has_none():
+    world = own()
+    while not world.status.attempts:
+        world.look()
+        world.kuberay()
+    world.change(run=WRONG)
+    world.settle()
+    assert (world.status.phase, world.status.reason, world.submitted) == ("Failed", "BadRunFile", [])
+    assert (world.status.last.outcome, world.status.last.message) == ("Stopped", "its driver had not begun")
+    world.change(run=run_file())
+    world.settle()
+    assert (world.status.attempt, len(world.live)) == (2, 1)
+
+
+def test_a_wrong_spec_can_be_suspended_and_resumed_once_it_is_right():
+    world = running(own(), iterations=3)
+    world.change(run=WRONG, suspend=True)
+    world.settle()
+    assert (world.status.phase, world.live, world.cluster["suspended"]) == ("Suspended", [], True)
+    assert condition(world, "Accepted") == ("False", "BadRunFile")
+    world.change(run=run_file(), suspend=False)
+    world.settle()
+    assert len(world.live) == 1
+
+
+@pytest.mark.parametrize(("policy", "goes"), [("Delete", True), ("DeleteOnSuccess", False), ("Keep", False)])
+def test_the_cluster_of_a_wrong_spec_goes_once_its_driver_has_ended(policy: str, goes: bool):
+    world = running(own(cleanup={"cluster": policy, "afterSeconds": 60}, id="mine"))
+    world.change(run=WRONG)
+    world.settle()
+    assert (len(world.live), world.cluster is None) == (1, False)
+    world.driver_ends("FAILED", 1)
+    world.settle()
+    assert (world.status.phase, world.cluster is None) == ("Failed", False)
+    world.wait(61)
+    world.settle()
+    assert (world.status.phase, world.status.reason, world.cluster is None) == ("Failed", "BadRunFile", goes)
+    world.change(run=run_file())
+    world.settle()
+    assert (world.submitted[-1], len(world.live)) == ("mine.uidofdig.2", 1)
+
+
 # ---- deletion ----
 
 
