@@ -178,6 +178,11 @@ class _Look:
         cluster = self.seen.cluster
         return cluster if cluster is not None and cluster.owner == self.desired.uid else None
 
+    def past(self, text: str) -> datetime | None:
+        """The time that was written down; None where it is yet to come, as the clock was put back."""
+        found = instant(text)
+        return found if found is not None and found <= self.now else None
+
     def absorb(self) -> None:
         """Takes over what cluster and head say about the attempt that may live."""
         last = self.alive
@@ -306,8 +311,8 @@ class _Look:
         last = self.status.last
         changed = last is not None and last.payload != self.desired.payload
         finished = last is not None and last.outcome == "Succeeded" and not changed
-        if finished or (self.status.gave_up and not changed and not spec.suspend):
-            self.finish(spec, succeeded=finished)
+        if last is not None and (finished or (self.status.gave_up and not changed and not spec.suspend)):
+            self.finish(spec, last, succeeded=finished)
         elif spec.suspend:
             self.suspend(spec)
         elif self.alive is not None:
@@ -317,9 +322,8 @@ class _Look:
         if not finished:
             self.condition("Complete", False, "NotYet", "")
 
-    def finish(self, spec: Spec, *, succeeded: bool) -> None:
+    def finish(self, spec: Spec, last: Attempt, *, succeeded: bool) -> None:
         """The run is over: says so, and cleans up in time."""
-        last = self.status.attempts[-1]
         reason, text = ("Finished", "") if succeeded else (last.reason, last.message)
         if not succeeded and self.status.failures > 1:
             text = f"given up after {self.status.failures} failed attempts: {text}"
@@ -331,7 +335,7 @@ class _Look:
 
     def clean_up(self, policy: Cleanup, *, succeeded: bool) -> None:
         """Deletes the run's own cluster a while after the end, where it is to go."""
-        if not self.status.finished_at:
+        if self.past(self.status.finished_at) is None:
             self.set(finished_at=stamp(self.now))
         goes = policy.cluster == "Delete" or (policy.cluster == "DeleteOnSuccess" and succeeded)
         if self.own is None or not goes or self.own.deleting:
@@ -347,8 +351,8 @@ class _Look:
 
     def stop(self, attempt: Attempt, why: str) -> None:
         """Has an attempt's driver save a checkpoint and end; asks as often as it is looked at."""
-        if not attempt.stopping:
-            self.attempt(stopping=why, stopping_since=stamp(self.now))
+        if not attempt.stopping or self.past(attempt.stopping_since) is None:
+            self.attempt(stopping=attempt.stopping or why, stopping_since=stamp(self.now))
         head = self.seen.head
         if head is None or not head.reachable:
             return
@@ -415,8 +419,9 @@ class _Look:
             self.condition("Progressing", True, "Submitting", "")
             return self.say("Starting", "Submitting", f"attempt {attempt.number} is submitted", SOON_S)
         document = head.document
-        age_s = (self.now - (instant(attempt.started_at) or self.now)).total_seconds()
-        works = age_s > SPEECHLESS_S if document is None else document.phase != "starting"
+        since = self.past(attempt.started_at)
+        old = since is None or (self.now - since).total_seconds() > SPEECHLESS_S
+        works = old if document is None else document.phase != "starting"
         running = head.job.status == "RUNNING" and works
         waits = "; ".join(self.status.waiting)
         reason, text = ("Training", waits) if running else ("Starting", waits or "the driver and its services start")
@@ -473,7 +478,8 @@ class _Look:
             return None
         retry_at = instant(self.status.retry_at)
         last = self.status.last
-        if retry_at is not None and retry_at > self.now:
+        longest = timedelta(seconds=spec.failure_policy.max_backoff_seconds)
+        if retry_at is not None and self.now < retry_at <= self.now + longest:  # later ones are another clock's
             why = f"{last.message}; " if last is not None else ""
             self.condition("Progressing", True, "Waiting", "")
             reason = last.reason if last is not None else "Waiting"

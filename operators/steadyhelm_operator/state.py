@@ -229,5 +229,9 @@ def stamp(when: datetime) -> str:
 
 
 def instant(text: str) -> datetime | None:
-    """The time that ``stamp`` wrote; None for nothing."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+    """The time that ``stamp`` wrote; None for any other text."""
+    try:
+        found = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else None

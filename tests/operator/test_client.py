@@ -207,6 +207,22 @@ def test_a_secret_that_is_no_token_is_out_of_reach_and_in_no_message(fake: tuple
     assert client.view(CLUSTER, ATTEMPT, "digits").reachable
 
 
+def test_a_figure_that_is_no_number_is_none(fake: tuple[FakeHeads, Heads]):
+    heads, client = fake
+    client.submit(CLUSTER, REQUEST)
+    heads.document = lambda head: StrangeDocument()
+    found = client.view(CLUSTER, ATTEMPT, "digits").document
+    assert (found.iteration, found.reward, found.staleness) == (3, None, 0.5)
+
+
+class StrangeDocument:
+    """What another server says of a run, with a word that JSON has not."""
+
+    def model_dump(self, mode: str) -> dict[str, Any]:
+        said = {"run": "digits", "submission_id": "digits.1", "phase": "running", "iteration": 3}
+        return said | {"reward": float("nan"), "staleness": 0.5}
+
+
 def test_a_head_that_is_down_is_out_of_reach(fake: tuple[FakeHeads, Heads]):
     heads, client = fake
     heads.head("ns", "rl").up = False

@@ -427,6 +427,49 @@ def test_no_driver_begins_before_its_time():
     assert world.live == ["digits.uidofdig.2"]
 
 
+@pytest.mark.parametrize("written", ["2026-03-01T00:00:00Z", "garbage", "2026-01-01T00:00:00"])
+def test_an_attempt_waits_for_no_time_that_the_operator_could_not_have_meant(written: str):
+    world = running(shared(failurePolicy={"backoffSeconds": 10, "maxBackoffSeconds": 60}))
+    world.driver_ends("FAILED", 1)
+    world.look()
+    world.run["status"]["retryAt"] = written
+    world.settle(3)
+    assert (world.status.attempt, len(world.live)) == (2, 1)
+
+
+def test_a_clock_that_is_put_back_keeps_no_driver_from_being_given_up():
+    world = running(own(cleanup={"stopGraceSeconds": 60}))
+    world.reachable = False
+    world.wait(30 * 86400)
+    world.change(suspend=True)
+    world.look()
+    world.wait(-30 * 86400)
+    world.look()
+    world.wait(61)
+    world.settle()
+    assert (world.status.phase, world.cluster["suspended"]) == ("Suspended", True)
+
+
+def test_a_clock_that_is_put_back_keeps_no_cluster():
+    world = running(own(cleanup={"afterSeconds": 60}))
+    world.wait(30 * 86400)
+    world.driver_ends("SUCCEEDED", 0)
+    world.look()
+    world.wait(-30 * 86400)
+    world.look()
+    world.wait(61)
+    world.look()
+    assert world.cluster is None
+
+
+def test_a_run_that_was_given_up_without_an_attempt_is_tried():
+    world = own()
+    world.settle(2)
+    world.run["status"] = {"gaveUp": True}
+    world.settle()
+    assert (world.status.attempt, world.status.gave_up, len(world.live)) == (1, False, 1)
+
+
 def test_a_resubmission_takes_the_run_over():
     world = running(shared(failurePolicy={"backoffSeconds": 0}))
     world.driver_ends("FAILED", 1)
@@ -870,6 +913,14 @@ def test_a_job_that_waits_in_rays_queue_is_starting():
     world.jobs[name] = JobView(status="PENDING")
     world.look()
     assert (world.status.phase, world.status.reason) == ("Starting", "Starting")
+
+
+def test_a_driver_that_serves_no_status_and_began_in_the_future_is_at_work():
+    world = shared()
+    world.settle()
+    world.wait(-86400)
+    world.look()
+    assert world.status.phase == "Running"
 
 
 def test_a_driver_that_serves_no_status_is_at_work_after_a_while():

@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from math import isfinite
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 Phase = Literal["starting", "running", "stopping", "finished", "failed", "stopped"]
 """``finished``, ``failed`` and ``stopped`` are how a driver ended."""
@@ -50,6 +51,10 @@ class Checkpoint(Part):
     key: str
 
 
+Figure = Annotated[float | None, AfterValidator(lambda value: value if value is None or isfinite(value) else None)]
+"""A number; what is none, such as the mean of nothing, is None, as JSON has no other word for it."""
+
+
 class RunStatus(Part):
     """The document.
 
@@ -70,9 +75,9 @@ class RunStatus(Part):
     iteration: int = 0
     iterations: int = 0
     version: Version | None = None
-    reward: float | None = None
-    accuracy: float | None = None
-    staleness: float | None = None
+    reward: Figure = None
+    accuracy: Figure = None
+    staleness: Figure = None
     rollouts: Rollouts = Rollouts()
     checkpoint: Checkpoint | None = None
     waiting: tuple[str, ...] = ()
