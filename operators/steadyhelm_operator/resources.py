@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +36,8 @@ RUN_FILE = "run.yaml"
 STORE_VARIABLE = "STEADYHELM_STORE_URI"
 """Environment variable of the cluster's pods that names the store of runs."""
 STORELESS = "the run has no store: set spec.run.store.uri, or s3.uri of the cluster's chart"
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 EXIT_WRONG_INPUT = 2
 """Exit code of ``steadyhelm run`` where what was given is wrong."""
 
@@ -70,11 +74,17 @@ def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
         return None, str(error)
     except ValidationError as error:
         return None, "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    for name in found.files:
-        if name == RUN_FILE or name.startswith("/") or not set(name.split("/")).isdisjoint({"", ".", ".."}):
-            return None, f"spec.files: {name!r} is no name of a file beside {RUN_FILE}: write one like task.py"
+    for file in found.files:
+        if file == RUN_FILE or not all(_is_name(part) for part in file.split("/")):
+            return None, f"spec.files: {file!r} is no name of a file beside {RUN_FILE}: write one like lib/task.py"
+        for folder in PurePosixPath(file).parents:
+            if str(folder) in (RUN_FILE, *found.files):
+                return (
+                    None,
+                    f"spec.files: {str(folder)!r} is a file, and {file!r} makes it a folder: rename one of them",
+                )
     for place, reference in code_references(found.run):
-        file = reference.partition(":")[0]
+        file = reference.partition(":")[0].removeprefix("./")
         if not file.startswith("/") and file not in found.files:
             where = f"spec.run.{dotted(place)} is {reference!r}"
             return None, f"{where}: put {file!r} into spec.files, or name a file of the image by its whole path"
@@ -82,6 +92,11 @@ def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
     if size > PAYLOAD_BYTES:
         return None, f"spec.run and spec.files have {size} bytes, at most {PAYLOAD_BYTES} can be shipped: use an image"
     return found, ""
+
+
+def _is_name(part: str) -> bool:
+    """Whether a file or a folder can be called so wherever it is unpacked."""
+    return bool(re.fullmatch(r"[\w.+=@~ -]+", part)) and part not in (".", "..") and len(part.encode()) <= LONGEST_NAME
 
 
 def _frame(raw: Mapping[str, Any]) -> Frame | None:

@@ -130,10 +130,31 @@ def test_the_most_frequent_problem_comes_first():
 
 
 def test_files_have_names_of_their_own_beside_the_run_file():
-    for name in ("run.yaml", "/etc/passwd", "../a.py", "a//b.py", ""):
+    wrong = (
+        "run.yaml",
+        "/etc/passwd",
+        "../a.py",
+        "a//b.py",
+        "",
+        "./a.py",
+        "a\\b.py",
+        "a\0.py",
+        "a\nb.py",
+        "a:b",
+        "x" * 256,
+    )
+    for name in wrong:
         body = training_run(files={name: ""})
         assert "is no name of a file beside run.yaml" in resources.desired(body).problem
-    assert resources.desired(training_run(files={"task.py": "x", "lib/a.py": "y"})).problem == ""
+    assert resources.desired(training_run(files={"task.py": "x", "lib/a.py": "y", "ü b-1.py": ""})).problem == ""
+
+
+@pytest.mark.parametrize(("file", "below"), [("a", "a/b.py"), ("a/b", "a/b/c/d.py"), ("run.yaml", "run.yaml/a.py")])
+def test_no_file_is_a_folder_too(file: str, below: str):
+    found = resources.desired(
+        training_run(files={"task.py": "", below: "", **({} if file == "run.yaml" else {file: ""})})
+    )
+    assert f"{file!r} is a file, and {below!r} makes it a folder" in found.problem
 
 
 def test_code_is_beside_the_run_file_or_in_the_image():
@@ -142,7 +163,8 @@ def test_code_is_beside_the_run_file_or_in_the_image():
         "spec.run.model.factory is 'nowhere.py:model': put 'nowhere.py' into spec.files, or name a file of the image "
         "by its whole path"
     )
-    assert resources.desired(training_run(run_file(model={"factory": "/opt/code/there.py:model"}))).problem == ""
+    for right in ("/opt/code/there.py:model", "./task.py:model"):
+        assert resources.desired(training_run(run_file(model={"factory": right}))).problem == ""
 
 
 @pytest.mark.parametrize("uri", ["runs", "./runs", "../runs", "~/runs"])
