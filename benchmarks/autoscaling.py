@@ -32,7 +32,7 @@ import timeline
 import whole_runs
 import yaml
 from steadyhelm.errors import SteadyhelmError
-from steadyhelm.jobs.forward import PortForward, kubectl, secret_token
+from steadyhelm.jobs.forward import PortForward, find, kubectl, secret_token
 from steadyhelm.jobs.head import STATUS_PORT
 from steadyhelm.jobs.status import read_status
 from steadyhelm.telemetry import MetricsLine
@@ -125,19 +125,24 @@ def free_port() -> int:
     return port
 
 
-def there(release: str, namespace: str, forward: PortForward, settings: Sequence[str]) -> Place:
-    """A run of its own on a release of the cluster chart."""
-    run = f"tide-{secrets.token_hex(3)}"
+def there(release: str, namespace: str, settings: Sequence[str], stack: ExitStack) -> Place:
+    """A run of its own on a release of the cluster chart, whose port-forward ends with ``stack``."""
+    run, named = f"tide-{secrets.token_hex(3)}", find(release, namespace)
+    forward = stack.enter_context(PortForward(named.cluster, namespace))
 
     def ask(*words: str) -> str:
         return subprocess.run([*kubectl(namespace), *words], capture_output=True, text=True, check=True).stdout
 
     def in_head(*words: str) -> str:
-        head = ask("get", "pods", "-l", f"ray.io/cluster={release},ray.io/node-type=head", "-o", "name").split()[0]
+        head = ask("get", "pods", "-l", f"ray.io/cluster={named.cluster},ray.io/node-type=head", "-o", "name").split()[
+            0
+        ]
         return ask("exec", head, "-c", "ray-head", "--", *words)
 
     def pods() -> dict[str, float]:
-        found = json.loads(ask("get", "pods", "-l", f"ray.io/cluster={release},ray.io/group=rollout", "-o", "json"))
+        found = json.loads(
+            ask("get", "pods", "-l", f"ray.io/cluster={named.cluster},ray.io/group=rollout", "-o", "json")
+        )
         return {pod["metadata"]["name"]: began(pod) for pod in found["items"]}
 
     store = in_head("printenv", "STEADYHELM_STORE_URI").strip()
@@ -153,7 +158,7 @@ def there(release: str, namespace: str, forward: PortForward, settings: Sequence
         + (["--namespace", namespace] if namespace else []),
         environment=dict(os.environ),
         status=f"http://127.0.0.1:{forward.local[STATUS_PORT]}",
-        token=secret_token(release, namespace),
+        token=secret_token(named.secret, namespace),
         pods=pods,
         lines=lines,
         least=1,
@@ -269,7 +274,7 @@ def measure(release: str, namespace: str, drawn: Path | None, quick: bool) -> Se
     settings += ["--set", "data.train=tide.py:quick_pairs"] if quick else []
     with ExitStack() as stack:
         if release:
-            place = there(release, namespace, stack.enter_context(PortForward(release, namespace)), settings)
+            place = there(release, namespace, settings, stack)
         else:
             place = here(Path(stack.enter_context(tempfile.TemporaryDirectory())), settings)
         place.follow()

@@ -236,7 +236,7 @@ def cluster_view(body: Mapping[str, Any]) -> ClusterView:
         provisioned=state == "ready" or _holds(conditions, "RayClusterProvisioned"),
         head_ready=state == "ready" if head is None else head["status"] == "True",
         host=f"{service}.{namespace}.svc",
-        secret=(auth.get("secretName") or name) if auth.get("mode") == "token" else "",
+        secret=(auth.get("secretName") or jobs.token_secret(name)) if auth.get("mode") == "token" else "",
         template=(metadata.get("annotations") or {}).get(TEMPLATE_ANNOTATION, ""),
         message=failure.get("message", "") if failure.get("status") == "True" else status.get("reason", ""),
     )

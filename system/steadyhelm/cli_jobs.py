@@ -249,7 +249,7 @@ def _cluster(
 
     from steadyhelm.errors import ConfigError
     from steadyhelm.jobs import API_PORT, STATUS_PORT, Jobs, api_token
-    from steadyhelm.jobs.forward import PortForward
+    from steadyhelm.jobs.forward import PortForward, find
 
     try:
         token = api_token(os.environ, token_file)
@@ -258,8 +258,9 @@ def _cluster(
     file = ("--token-file", str(token_file)) if token_file else ()
     if release:
         again = ("--release", release, *(("--namespace", namespace) if namespace else ()), *file)
-        token = token if token_file else _release_token(release, namespace, token)
-        with PortForward(release, namespace) as forward:
+        named = find(release, namespace)
+        token = token if token_file else _secret_token(named.secret, namespace, token)
+        with PortForward(named.cluster, namespace) as forward:
             api, served = (f"http://127.0.0.1:{forward.local[port]}" for port in (API_PORT, STATUS_PORT))
             yield Cluster(
                 jobs=Jobs(api, token, ANSWER_S), token=token, status_address=status_address or served, again=again
@@ -276,13 +277,13 @@ def _cluster(
     yield Cluster(jobs=jobs, token=token, status_address=served, again=("--address", address, *file))
 
 
-def _release_token(release: str, namespace: str, otherwise: str) -> str:
-    """The release's token; ``otherwise`` where it has none, or where the user has that but may not read the Secret."""
+def _secret_token(secret: str, namespace: str, otherwise: str) -> str:
+    """The Secret's token; ``otherwise`` where it has none, or where the user has that but may not read the Secret."""
     from steadyhelm.errors import UnreachableError
     from steadyhelm.jobs.forward import secret_token
 
     try:
-        return secret_token(release, namespace) or otherwise
+        return secret_token(secret, namespace) or otherwise
     except UnreachableError:
         if not otherwise:
             raise

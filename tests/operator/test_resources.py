@@ -59,6 +59,20 @@ def test_the_head_is_reached_by_its_service_and_its_token_is_in_a_secret():
     assert cluster(authOptions={"mode": "disabled"}).secret == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("a" * 50, "a" * 50),
+        ("xyz" + "a" * 50, "a" * 50),
+        ("x" + "-" + "a" * 49, "r" + "a" * 49),
+        ("x1" + "a" * 49, "r" + "a" * 49),
+    ],
+)
+def test_the_secret_of_a_cluster_with_a_long_name_has_the_end_of_it(name: str, secret: str):
+    body = {"metadata": {"name": name, "namespace": "ns", "uid": "u"}, "spec": {"authOptions": {"mode": "token"}}}
+    assert resources.cluster_view(body).secret == secret
+
+
 def test_kuberays_own_object_is_a_cluster_that_is_ready():
     folder = os.environ.get("STEADYHELM_KUBERAY_CRDS")
     if folder is None or not (Path(folder) / "golden" / "raycluster.yaml").is_file():

@@ -15,11 +15,11 @@ from steadyhelm.jobs.client import (
     patiently,
     submission_id,
 )
-from steadyhelm.jobs.head import API_PORT, STATUS_PORT, TOKEN_KEY
+from steadyhelm.jobs.head import API_PORT, STATUS_PORT, TOKEN_KEY, token_secret
 from steadyhelm.jobs.status import read_status
 from steadyhelm.jobs.token import api_token
 
 __all__ = [
     "API_PORT", "ENDED", "STATUS_PORT", "TOKEN_KEY", "Job", "JobRequest", "JobState", "Jobs", "api_token", "doubling",
-    "entrypoint", "patiently", "read_status", "submission_id",
+    "entrypoint", "patiently", "read_status", "submission_id", "token_secret",
 ]  # fmt: skip

@@ -11,11 +11,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from steadyhelm.errors import ConfigError, UnreachableError
-from steadyhelm.jobs.head import API_PORT, STATUS_PORT, TOKEN_KEY
+from steadyhelm.jobs.head import API_PORT, STATUS_PORT, TOKEN_KEY, token_secret
 
 ASK_S = 30.0
 """How long kubectl may take to answer, and a port-forward to listen."""
@@ -31,22 +32,47 @@ def kubectl(namespace: str) -> list[str]:
     return [found, *(["--namespace", namespace] if namespace else [])]
 
 
-def secret_token(release: str, namespace: str = "") -> str:
-    """The Ray API's token of a release of the cluster chart; empty where it has none, as it asks for none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A RayCluster, and the Secret that has its API's token where it asks for one.
 
-    It lies in the Secret of the release's name, or in the one that the RayCluster names (``auth.secretName``).
-    Raises UnreachableError with kubectl's own words.
+    Example: ``Named(cluster="rl", secret="team-token")``
     """
-    encoded = _read("secret", release, ".data." + TOKEN_KEY, namespace)
-    if not encoded:
-        other = _read("raycluster", release, ".spec.authOptions.secretName", namespace)
-        encoded = _read("secret", other, ".data." + TOKEN_KEY, namespace) if other else ""
+
+    cluster: str
+    secret: str
+
+
+def find(release: str, namespace: str = "") -> Named:
+    """The RayCluster of that name, or of that release of the cluster chart, which may have given it another.
+
+    Where the user may read none it is taken to have the release's name. Raises ConfigError where a release has several.
+    """
+    place, label = "{.metadata.name} {.spec.authOptions.secretName}", f"app.kubernetes.io/instance={release}"
+    try:
+        lines = [_read(namespace, place, "raycluster", release)]
+        if not lines[0]:
+            every = f'{{range .items[*]}}{place}{{"\\n"}}{{end}}'
+            lines = _read(namespace, every, "raycluster", "--selector", label).splitlines()
+    except UnreachableError:  # where it is for another reason, the next question meets that too
+        lines = []
+    found = [line.split() for line in lines] or [[release]]
+    if len(found) > 1:
+        names = ", ".join(name for name, *_ in found)
+        raise ConfigError(f"the release {release!r} has more than one RayCluster: give --release one of {names}")
+    name, *secret = found[0]
+    return Named(cluster=name, secret=secret[0] if secret else token_secret(name))
+
+
+def secret_token(secret: str, namespace: str = "") -> str:
+    """The Ray API's token in that Secret; empty where there is none. Raises UnreachableError in kubectl's own words."""
+    encoded = _read(namespace, f"{{.data.{TOKEN_KEY}}}", "secret", secret)
     return base64.b64decode(encoded).decode("utf-8", "replace").strip()
 
 
-def _read(kind: str, name: str, path: str, namespace: str) -> str:
-    """What stands at a path of an object; empty where there is no such thing. Raises UnreachableError."""
-    command = [*kubectl(namespace), "get", kind, name, "--output", f"jsonpath={{{path}}}"]
+def _read(namespace: str, form: str, kind: str, *which: str) -> str:
+    """What kubectl makes of objects by a JSONPath; empty where there is none. Raises UnreachableError."""
+    command = [*kubectl(namespace), "get", kind, *which, "--output", f"jsonpath={form}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -55,21 +81,21 @@ def _read(kind: str, name: str, path: str, namespace: str) -> str:
         return done.stdout
     if "NotFound" in done.stderr:
         return ""
-    raise UnreachableError(f"kubectl cannot read the {kind} {name!r}: {_last(done.stderr)}")
+    raise UnreachableError(f"kubectl cannot read the {kind} {which[-1]!r}: {_last(done.stderr)}")
 
 
 class PortForward:
-    """Ports of a release's head as ports of this machine while the context lasts; begun again where it breaks.
+    """Ports of a cluster's head as ports of this machine while the context lasts; begun again where it breaks.
 
     Args:
-        release: name of the release, or of the RayCluster.
+        cluster: name of the RayCluster.
         namespace: where; empty is the context's.
         ports: the head's ports.
 
     ``local`` says which port of 127.0.0.1 is which of these. Raises UnreachableError where none comes about.
     """
 
-    def __init__(self, release: str, namespace: str = "", ports: Sequence[int] = (API_PORT, STATUS_PORT)) -> None:
+    def __init__(self, cluster: str, namespace: str = "", ports: Sequence[int] = (API_PORT, STATUS_PORT)) -> None:
         self.local: Mapping[int, int] = dict(zip(ports, _free_ports(len(ports)), strict=True))
         pairs = [f"{here}:{there}" for there, here in self.local.items()]
         self._command = [
@@ -77,7 +103,7 @@ class PortForward:
             "port-forward",
             "--address",
             "127.0.0.1",
-            f"svc/{release}-head-svc",
+            f"svc/{cluster}-head-svc",
             *pairs,
         ]
         self._over = threading.Event()

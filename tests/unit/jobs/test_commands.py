@@ -356,13 +356,15 @@ arguments = sys.argv[1:]
 with open({log!r}, "a") as log:
     print(os.getpid(), *arguments, file=log)
 if "get" in arguments:
-    kind, name = arguments[arguments.index("get") + 1:][:2]
+    kind, name, *more = arguments[arguments.index("get") + 1:]
     if {forbidden!r}:
         sys.exit('Error from server (Forbidden): secrets "rl" is forbidden')
-    elif kind == "raycluster" and {named!r} != "rl":
-        print({named!r}, end="")
-    elif kind == "secret" and name == {named!r} and {secret!r}:
-        print({secret!r}, end="")
+    elif kind == "raycluster" and name in {clusters!r}:
+        print(name, {named!r}, end="")
+    elif kind == "raycluster" and name == "--selector":
+        print("".join(f"{{cluster}} {named}\\n" for cluster in {clusters!r}), end="")
+    elif kind == "secret" and name == {secret!r} and {token!r}:
+        print({token!r}, end="")
     else:
         sys.exit('Error from server (NotFound): ' + kind + ' "' + name + '" not found')
 elif {refuse!r}:
@@ -397,16 +399,25 @@ class TestReleases:
 
     @pytest.fixture
     def kubectl(self, cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        def make(token: str = TOKEN, refuse: str = "", named: str = "rl", *, forbidden: bool = False) -> Path:
+        def make(
+            token: str = TOKEN,
+            refuse: str = "",
+            named: str = "",
+            secret: str = "rl",
+            clusters: tuple[str, ...] = ("rl",),
+            *,
+            forbidden: bool = False,
+        ) -> Path:
             log, program = tmp_path / "kubectl.log", tmp_path / "bin" / "kubectl"
             program.parent.mkdir(exist_ok=True)
-            secret = base64.b64encode(token.encode()).decode()
             port = cluster.address.rpartition(":")[2]
             program.write_text(
                 KUBECTL.format(
                     python=sys.executable,
                     log=str(log),
+                    token=base64.b64encode(token.encode()).decode(),
                     secret=secret,
+                    clusters=clusters,
                     refuse=refuse,
                     port=port,
                     named=named,
@@ -425,7 +436,7 @@ class TestReleases:
         where = ("--release", "rl", "--namespace", "ml")
         done = steadyhelm("submit", folder / "run.yaml", *where)
         assert (done.exit_code, done.exception) == (0, None)
-        get, forward = log.read_text().splitlines()
+        _, get, forward = log.read_text().splitlines()
         asked = "--namespace ml get secret rl --output jsonpath={.data.auth_token}"
         forwarded = "--namespace ml port-forward --address 127.0.0.1 svc/rl-head-svc"
         assert get.split(maxsplit=1)[1] == asked
@@ -455,19 +466,35 @@ class TestReleases:
         monkeypatch.delenv("RAY_AUTH_TOKEN")
         assert "kubectl cannot read the secret 'rl'" in str(steadyhelm("list", "--release", "rl").exception)
 
-    def test_a_release_with_a_secret_of_another_name_is_asked_which(
+    def test_the_secret_that_the_cluster_names_has_the_token_and_no_old_one(
         self, cluster: FakeCluster, kubectl, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.delenv("RAY_AUTH_TOKEN")
-        log = kubectl(named="team-token")
+        log = kubectl(named="team-token", secret="team-token")
         cluster.add("a.1", metadata={"run": "a"})
         assert "a  running  job a.1" in steadyhelm("list", "--release", "rl").stdout
         asked = [line.split(" ", 1)[1] for line in log.read_text().splitlines() if " get " in line]
         assert asked == [
-            "get secret rl --output jsonpath={.data.auth_token}",
-            "get raycluster rl --output jsonpath={.spec.authOptions.secretName}",
+            "get raycluster rl --output jsonpath={.metadata.name} {.spec.authOptions.secretName}",
             "get secret team-token --output jsonpath={.data.auth_token}",
         ]
+
+    @pytest.mark.parametrize("name", ["other", "k" * 53])
+    def test_a_release_whose_cluster_has_another_name_is_found_by_its_label(
+        self, cluster: FakeCluster, kubectl, monkeypatch: pytest.MonkeyPatch, name: str
+    ):
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        log = kubectl(secret=name[-50:], clusters=(name,))
+        cluster.add("a.1", metadata={"run": "a"})
+        assert "a  running  job a.1" in steadyhelm("list", "--release", "rl").stdout
+        assert "get raycluster --selector app.kubernetes.io/instance=rl" in log.read_text()
+        assert f"svc/{name}-head-svc" in log.read_text()
+
+    def test_a_release_with_two_clusters_asks_which(self, cluster: FakeCluster, kubectl):
+        kubectl(clusters=("one", "two"))
+        refused = steadyhelm("list", "--release", "rl")
+        assert "give --release one of one, two" in str(refused.exception)
+        assert exit_code(refused.exception) == 2
 
     def test_kubectl_s_own_words_are_passed_on(self, kubectl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         kubectl(token="", refuse='Error from server (NotFound): services "rl-head-svc" not found')
