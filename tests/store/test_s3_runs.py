@@ -43,7 +43,7 @@ def test_a_server_that_keeps_its_word_passes_the_probe_and_keeps_nothing_of_it(s
 
 
 def test_a_server_that_loses_races_is_refused(versitygw, s3_endpoint, tmp_path):
-    """Versitygw as it comes; in two of three races it lets several win, and a probe has twenty."""
+    """Versitygw as it comes; in one of two races it lets several win, and a probe has twenty."""
     with s3_server(versitygw, tmp_path / "buckets") as endpoint:
         make_bucket(endpoint, "racy")
         with pytest.raises(StoreError, match=r"[2-8] of 8 writers created the same object.*--concurrency 1"):
