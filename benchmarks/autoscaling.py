@@ -134,9 +134,8 @@ def there(release: str, namespace: str, settings: Sequence[str], stack: ExitStac
         return subprocess.run([*kubectl(namespace), *words], capture_output=True, text=True, check=True).stdout
 
     def in_head(*words: str) -> str:
-        head = ask("get", "pods", "-l", f"ray.io/cluster={named.cluster},ray.io/node-type=head", "-o", "name").split()[
-            0
-        ]
+        ours = f"ray.io/cluster={named.cluster},ray.io/node-type=head"
+        head = ask("get", "pods", "-l", ours, "-o", "name").split()[0]
         return ask("exec", head, "-c", "ray-head", "--", *words)
 
     def pods() -> dict[str, float]:

@@ -286,7 +286,7 @@ class Controller:
             return ()
         since = self._unready.setdefault(name, self._clock())
         when, found = self._pods.get(name, (float("-inf"), ()))
-        fresh = cluster.created is not None and (self._clock() - cluster.created).total_seconds() < FRESH_S
+        fresh = cluster.created is not None and 0 <= (self._clock() - cluster.created).total_seconds() < FRESH_S
         if not fresh and time.monotonic() - when > PODS_S:
             pods = self._kubernetes.pods(cluster)
             late = (self._clock() - since).total_seconds() > PODLESS_S

@@ -23,8 +23,8 @@ Rule = tuple[str, str]
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "TrainingRun": (
         (
-            "self.metadata.name.size() <= 50 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-            "the name must begin with a letter and have at most 50 lower-case letters, digits and dashes",
+            "self.metadata.name.size() <= 53 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            "the name must begin with a letter and have at most 53 lower-case letters, digits and dashes",
         ),
     ),
     "Spec": (

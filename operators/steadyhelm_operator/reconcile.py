@@ -292,6 +292,10 @@ class _Look:
             self.end("Stopped", "BadRunFile", "its driver had not begun")
         if frame is not None and frame.suspend:
             return self.suspend(frame)
+        if self.alive is not None and self.alive.stopping:
+            self.stop(self.alive, self.alive.stopping)
+        if self.alive is not None and self.alive.stopping:
+            return self.say("Running", "BadRunFile", f"the driver saves a checkpoint and ends: {problem}", POLL_S)
         if self.alive is not None:
             begun = self.alive.submitted
             text = "goes on under the spec before this one" if begun else self.silence()
@@ -361,14 +365,14 @@ class _Look:
         else:
             self.end("Stopped", why, "its driver had not begun")  # the head answers and knows no such job
 
-    def suspend(self, spec: Frame) -> None:
+    def suspend(self, frame: Frame) -> None:
         """Driver first, then the nodes."""
         if self.alive is not None:
             self.stop(self.alive, "Suspended")
         attempt = self.alive
         if attempt is not None:
             since = instant(attempt.stopping_since) or self.now
-            patient = (self.now - since).total_seconds() < spec.cleanup.stop_grace_seconds
+            patient = (self.now - since).total_seconds() < frame.cleanup.stop_grace_seconds
             answers = self.seen.head is not None and self.seen.head.reachable
             if answers or patient or self.own is None:
                 text = "the driver saves a checkpoint and ends" if answers else self.silence()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -38,6 +37,8 @@ STORE_VARIABLE = "STEADYHELM_STORE_URI"
 STORELESS = "the run has no store: set spec.run.store.uri, or s3.uri of the cluster's chart"
 LONGEST_NAME = 255
 """Bytes of a file's name."""
+LONGEST_CLUSTER = 45
+"""Characters of a RayCluster's name: KubeRay cuts ``<name>-head`` to 50, and then finds no such account."""
 EXIT_WRONG_INPUT = 2
 """Exit code of ``steadyhelm run`` where what was given is wrong."""
 
@@ -68,6 +69,9 @@ def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
         validate(Source(name="spec.run", value=raw.get("run") or {}, lines={}))
         found = Spec.model_validate_json(json.dumps(raw), strict=True)
         check_run_id(found.id or name)
+        if found.cluster.template is not None and len(name) > LONGEST_CLUSTER:
+            text = f"has the run's name, and KubeRay keeps no more than {LONGEST_CLUSTER} characters of it whole"
+            return None, f"spec.cluster.template: its cluster {text}: give the TrainingRun a shorter one"
         if _names_store(raw):
             check_lasting(found.run.store.uri)
     except ConfigError as error:
@@ -96,7 +100,8 @@ def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
 
 def _is_name(part: str) -> bool:
     """Whether a file or a folder can be called so wherever it is unpacked."""
-    return bool(re.fullmatch(r"[\w.+=@~ -]+", part)) and part not in (".", "..") and len(part.encode()) <= LONGEST_NAME
+    legal = part.isprintable() and not {"\\", ":"} & set(part)
+    return legal and part not in ("", ".", "..") and len(part.encode()) <= LONGEST_NAME
 
 
 def _frame(raw: Mapping[str, Any]) -> Frame | None:

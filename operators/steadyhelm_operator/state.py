@@ -37,7 +37,7 @@ class Desired:
     generation: int
     version: str
     spec: Spec | None
-    frame: Frame | None = None
+    frame: Frame | None
     problem: str = ""
     status: Status
     held: bool

@@ -329,7 +329,7 @@ def _end(code: str | int | None) -> NoReturn:
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it is closed
             stream.flush()
     os._exit(code or 0)
 

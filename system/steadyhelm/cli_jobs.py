@@ -180,7 +180,7 @@ def stop(
             time.sleep(POLL_S)
             found = cluster.jobs.get(job.submission_id)
             if found is None:
-                typer.echo(f"job {job.submission_id} is gone, and its driver with it: the head was replaced")
+                typer.echo(f"job {job.submission_id} is gone, and its driver with it")
                 return
             job = found
     typer.echo(_job_line(job) if wait else f"job {job.submission_id} was told to stop")

@@ -102,6 +102,7 @@ def test_the_schema_refuses(values: dict[str, Any], place: str):
         {"defaults": {"cpu": 2, "memory": "1500M", "runtimeClassName": "nvidia"}},
         {"defaults": {"cpu": "1.5", "image": f"registry.example.org:5000/team/learner:v1@sha256:{'a' * 64}"}},
         {"defaults": {"cpu": 0.5, "memory": "1.5Gi", "shm": "1.5Gi"}, "autoscaling": {"cpu": "0.05"}},
+        {"pools": {"reward": {"env": {"REDIS_USERNAME": "judge"}}}},
         {"image": {"tag": "t" * 128}, "defaults": {"image": f"learner:{'t' * 128}"}},
         {"global": {"imageRegistry": "registry.example.org"}},
         {"defaults": {"image": f"learner@sha256:{'0' * 64}"}},

@@ -204,7 +204,7 @@ def test_the_api_server_refuses_a_spec(spec: dict[str, Any], words: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "right"), [("a-1", True), ("1a", False), ("a" * 50, True), ("a" * 51, False), ("a.b", False)]
+    ("name", "right"), [("a-1", True), ("1a", False), ("a" * 53, True), ("a" * 54, False), ("a.b", False)]
 )
 def test_the_name_is_one_that_a_raycluster_can_have(name: str, right: bool):
     assert (faults(training_run(name=name)) == []) is right

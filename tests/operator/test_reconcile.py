@@ -720,6 +720,18 @@ def test_a_spec_that_becomes_wrong_before_its_driver_began_has_none():
     assert (world.status.attempt, len(world.live)) == (2, 1)
 
 
+def test_a_driver_that_is_to_stop_is_asked_again_though_the_spec_became_wrong_meanwhile():
+    world = running(shared())
+    world.change(run=run_file(seed=1))
+    world.reachable = False
+    world.settle()
+    assert world.status.last.stopping == "RunFileChanged"
+    world.change(run=WRONG)
+    world.reachable = True
+    world.settle()
+    assert (world.live, world.status.phase, world.status.reason) == ([], "Failed", "BadRunFile")
+
+
 def test_a_wrong_spec_can_be_suspended_and_resumed_once_it_is_right():
     world = running(own(), iterations=3)
     world.change(run=WRONG, suspend=True)

@@ -160,7 +160,16 @@ def test_files_have_names_of_their_own_beside_the_run_file():
     for name in wrong:
         body = training_run(files={name: ""})
         assert "is no name of a file beside run.yaml" in resources.desired(body).problem
-    assert resources.desired(training_run(files={"task.py": "x", "lib/a.py": "y", "ü b-1.py": ""})).problem == ""
+    right = {"task.py": "x", "lib/a.py": "y", "ü b-1.py": "", "a (1), [x]#%20.csv": ""}
+    assert resources.desired(training_run(files=right)).problem == ""
+
+
+@pytest.mark.parametrize(("length", "own", "right"), [(45, True, True), (46, True, False), (53, False, True)])
+def test_a_cluster_of_its_own_has_a_name_that_kuberay_keeps_whole(length: int, own: bool, right: bool):
+    cluster = {"template": {"spec": {"headGroupSpec": {}}}} if own else {"name": "rl"}
+    problem = resources.desired(training_run(name="r" * length, cluster=cluster)).problem
+    assert (problem == "") == right
+    assert right or "no more than 45 characters" in problem
 
 
 @pytest.mark.parametrize(("file", "below"), [("a", "a/b.py"), ("a/b", "a/b/c/d.py"), ("run.yaml", "run.yaml/a.py")])

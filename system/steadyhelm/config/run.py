@@ -88,7 +88,7 @@ class Rollout(Part):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; trainer, proximal and reference log-probs use the same."""
     deadline_s: Seconds = 600.0
-    """Longest time for one shard's generation before it goes to another engine."""
+    """Longest time for one shard's generation before it goes to another engine; an engine that has two has both's."""
     drain_deadline_s: Seconds = 120.0
     """How long an engine that leaves may take for the shards that it has; then they go to others."""
 

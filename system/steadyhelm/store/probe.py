@@ -22,8 +22,8 @@ WRITERS = 8
 ROUNDS = 20
 """Races of a probe: a server that lets several win in half of them passes with a probability of 1e-6."""
 NUM_BYTES = 256 << 10
-"""Of an object: the server has to be at one while the next ones arrive. With a few bytes each, versitygw by its defaults
-lets several win in one race of ten, with so many in one of two."""
+"""Of an object: the server has to be at one while the next ones arrive. With a few bytes each, versitygw by its
+defaults lets several win in one race of ten, with so many in one of two."""
 
 
 def require_one_winner(store: ObjectStore, run: str, *, rounds: int = ROUNDS) -> None:

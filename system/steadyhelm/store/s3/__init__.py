@@ -47,6 +47,7 @@ class S3Store:
         self._root = f"{address.prefix}/" if address.prefix else ""
         self._requests = Requests(address)
         self._transfer = Transfer(self._requests, address.bucket)
+        self._is_open = False  # whether a listing was allowed
 
     @property
     def uri(self) -> str:
@@ -203,7 +204,9 @@ class S3Store:
         try:
             found: dict[str, Any] = self._requests.run("look up", key, lambda s3, _: s3.head_object(**place))
         except ObjectMissingError:
-            next(self.list(key), None)  # a refusal has a reason here; the answer to a HEAD has none
+            if not self._is_open:
+                next(self.list(key), None)  # a refusal has a reason here; the answer to a HEAD has none
+                self._is_open = True
             raise
         return found
 
