@@ -290,7 +290,8 @@ def test_from_the_resource_to_its_end(place: Place):
     assert (status["attempt"], status["cluster"], status["progress"]) == (1, "story", "0/60")
     assert place.run("story")["metadata"]["finalizers"] == [FINALIZER]
     (job,) = place.heads.head("ns", "story").jobs.values()
-    assert job.entrypoint.startswith("exec steadyhelm run run.yaml --id story --address auto --log-format json")
+    store = '--set "store.uri=$STEADYHELM_STORE_URI"'
+    assert job.entrypoint.endswith(f"exec steadyhelm run run.yaml --id story --address auto --log-format json {store}")
     owner = place.admin.get(f"{CLUSTERS}/story")["metadata"]["ownerReferences"][0]
     assert (owner["kind"], owner["uid"]) == ("TrainingRun", place.run("story")["metadata"]["uid"])
     place.heads.head("ns", "story").iteration = 60
