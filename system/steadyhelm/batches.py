@@ -147,7 +147,6 @@ class BatchMaker:
             samples=[len(shard.prompt_ids) for shard in shards],
             scored=[sum(shard.valid) for shard in shards],
         )
-        metrics |= self._staleness(iteration, shards)
         seconds = phase_seconds(spans)
         for phase, speed, amount in SPEEDS:
             if spent := seconds.get(names.seconds(phase), 0.0):
@@ -262,14 +261,6 @@ class BatchMaker:
             f"iteration {iteration}: none of {len(outcomes) - dropped} samples could be scored{also}; there is nothing "
             "to train on. The shards' details say why."
         )
-
-    def _staleness(self, iteration: int, shards: Sequence[ShardRecord]) -> dict[str, float]:
-        """How many policy versions the batch's oldest token lags behind the one that it is trained from.
-
-        Their mean is the learner's to say, who has the tokens.
-        """
-        oldest = [shard.min_version for shard in shards if shard.prompt_ids]
-        return {} if self._run.is_sft or not oldest else {names.STALENESS_MAX: float(iteration - 1 - min(oldest))}
 
 
 def drop_stale(manifest: BatchManifest, limit: int, groups: Mapping[PromptId, str]) -> BatchManifest:

@@ -34,7 +34,7 @@ from steadyhelm.services import Coming, Served, ShardOrder
 from steadyhelm.services.rollout.shards import put_shard
 from steadyhelm.store import ObjectStore
 from steadyhelm.store.codec import decode_rewards, decode_rollout, encode_rewards
-from steadyhelm.telemetry.metrics import REWARD_MEAN, STALENESS_MEAN
+from steadyhelm.telemetry.metrics import REWARD_MEAN, STALENESS_MAX, STALENESS_MEAN
 
 
 @dataclass(kw_only=True)
@@ -172,7 +172,8 @@ class FakeLearner:
         self.number = self.number * 0.75 + gain / 8
         self.applied += [pid for pid, _ in samples]
         ages = [manifest.iteration - 1 - oldest for shard in manifest.shards for oldest in shard.oldest_versions]
-        return Served(value=None, metrics={"learner/loss": -gain, STALENESS_MEAN: sum(ages) / len(ages)})
+        staleness = {STALENESS_MEAN: sum(ages) / len(ages), STALENESS_MAX: float(max(ages))}
+        return Served(value=None, metrics={"learner/loss": -gain, **staleness})
 
     async def publish(
         self, version: PolicyVersion, key: str, known: WeightsRecord | None = None
