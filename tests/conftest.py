@@ -13,7 +13,6 @@ os.environ.update(
     }
 )
 
-import atexit
 import sys
 import uuid
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from steadyhelm.cli import end_at_once
 from steadyhelm.testing.s3_server import CREDENTIALS, ONE_AT_A_TIME, make_bucket, s3_server
 
 from tests.programs import fetched
@@ -41,19 +41,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends a process that had Ray or torch in it, once all is reported and closed, with the session's exit status.
-
-    Threads of Ray, gRPC and gloo would go on while Python and C++ take apart what they use, which now and then is a
-    segmentation fault or an abort behind a suite that has passed.
-    """
+    """Ends a process that had Ray or torch in it, once all is reported and closed, with the session's exit status."""
     session = config.stash.get(SESSION, None)
     if session is None or not {"ray", "torch"} & sys.modules.keys() or hasattr(config, "workerinput"):
         return
     config.get_terminal_writer().flush()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(int(session.exitstatus))
+    end_at_once(int(session.exitstatus))
 
 
 @pytest.fixture(scope="session")

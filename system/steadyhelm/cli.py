@@ -320,18 +320,23 @@ def main() -> None:
 
 
 def _end(code: str | int | None) -> NoReturn:
-    """Ends the process as ``sys.exit`` does, but where Ray was in it at once behind its exit functions.
-
-    Ray's threads go on while Python and C++ take apart what they use, which now and then is a segmentation fault
-    behind a run that has succeeded.
-    """
+    """Ends the process as ``sys.exit`` does, but where Ray was in it as ``end_at_once`` does."""
     if "ray" not in sys.modules or isinstance(code, str):
         sys.exit(code)
+    end_at_once(code or 0)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process right behind its exit functions.
+
+    Threads of Ray, gRPC and gloo would go on while Python and C++ take apart what they use, which now and then is a
+    segmentation fault or an abort behind work that has succeeded.
+    """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it is closed
             stream.flush()
-    os._exit(code or 0)
+    os._exit(code)
 
 
 def _complain(text: str) -> None:

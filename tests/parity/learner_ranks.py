@@ -17,6 +17,7 @@ os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(wor
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from steadyhelm.cli import end_at_once  # noqa: E402
 from steadyhelm.config import RunFile  # noqa: E402
 from steadyhelm.data.types import BatchManifest, CheckpointRecord, ObjectRef, PolicyVersion, WeightsRecord  # noqa: E402
 from steadyhelm.errors import SteadyhelmError  # noqa: E402
@@ -117,7 +118,4 @@ if rank == 0:
 elif answers:
     (folder / f"answers-{world_size}-rank{rank}.json").write_text(json.dumps(answers))
 dist.destroy_process_group()
-# gloo's threads may still hold tensors; one that lets them go while Python ends aborts the process
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(0)
+end_at_once(0)  # gloo's threads may still hold tensors
