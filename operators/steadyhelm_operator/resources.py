@@ -71,31 +71,37 @@ def _spec(raw: Mapping[str, Any], name: str) -> tuple[Spec | None, str]:
         check_run_id(found.id or name)
         if found.cluster.template is not None and len(name) > LONGEST_CLUSTER:
             text = f"has the run's name, and KubeRay keeps no more than {LONGEST_CLUSTER} characters of it whole"
-            return None, f"spec.cluster.template: its cluster {text}: give the TrainingRun a shorter one"
+            raise ConfigError(f"spec.cluster.template: its cluster {text}: give the TrainingRun a shorter one")
         if _names_store(raw):
             check_lasting(found.run.store.uri)
+        _check_files(found, raw)
     except ConfigError as error:
         return None, str(error)
     except ValidationError as error:
         return None, "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    for file in found.files:
+    return found, ""
+
+
+def _check_files(spec: Spec, raw: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the files cannot be shipped, or where the run needs another one."""
+    for file in spec.files:
         if file == RUN_FILE or not all(_is_name(part) for part in file.split("/")):
-            return None, f"spec.files: {file!r} is no name of a file beside {RUN_FILE}: write one like lib/task.py"
-        for folder in PurePosixPath(file).parents:
-            if str(folder) in (RUN_FILE, *found.files):
-                return (
-                    None,
-                    f"spec.files: {str(folder)!r} is a file, and {file!r} makes it a folder: rename one of them",
-                )
-    for place, reference in code_references(found.run):
+            raise ConfigError(
+                f"spec.files: {file!r} is no name of a file beside {RUN_FILE}: write one like lib/task.py"
+            )
+        for folder in map(str, PurePosixPath(file).parents):
+            if folder in (RUN_FILE, *spec.files):
+                text = f"{folder!r} is a file, and {file!r} makes it a folder"
+                raise ConfigError(f"spec.files: {text}: rename one of them")
+    for place, reference in code_references(spec.run):
         file = reference.partition(":")[0].removeprefix("./")
-        if not file.startswith("/") and file not in found.files:
+        if not file.startswith("/") and file not in spec.files:
             where = f"spec.run.{dotted(place)} is {reference!r}"
-            return None, f"{where}: put {file!r} into spec.files, or name a file of the image by its whole path"
+            raise ConfigError(f"{where}: put {file!r} into spec.files, or name a file of the image by its whole path")
     size = sum(len(content) for content in shipped(raw).values())
     if size > PAYLOAD_BYTES:
-        return None, f"spec.run and spec.files have {size} bytes, at most {PAYLOAD_BYTES} can be shipped: use an image"
-    return found, ""
+        text = f"spec.run and spec.files have {size} bytes, at most {PAYLOAD_BYTES} can be shipped"
+        raise ConfigError(f"{text}: use an image")
 
 
 def _is_name(part: str) -> bool:
